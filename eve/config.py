@@ -1,0 +1,380 @@
+"""The typed recipe: everything that changes the result of a run, and nothing about the machine.
+
+A recipe is one YAML file in eve/recipes/ (or any path) plus `section.key=value` overrides from the
+command line. All models are frozen and refuse unknown keys, naming the nearest known one. What
+belongs to the machine (precision, ZeRO stage, micro-batch) is in the DeepSpeed JSON of ds_configs/.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from eve.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def _parse_blocks(value: Any) -> Any:
+    """`0-9,11` or `3` or a list of numbers -> tuple of block indices."""
+    if isinstance(value, int):
+        return (value,)
+    if not isinstance(value, str):
+        return value
+    blocks: list[int] = []
+    for part in value.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+))?\s*", part)
+        if not match:
+            raise ValueError(f"'{value}' is not a list of blocks such as 0-9,11")
+        first, last = int(match[1]), int(match[2] or match[1])
+        blocks.extend(range(first, last + 1))
+    return tuple(blocks)
+
+
+Blocks = Annotated[tuple[int, ...], BeforeValidator(_parse_blocks)]
+
+
+class FeedForward(Section):
+    """The feed-forward of some blocks: a router and its bank of experts (DESIGN.md, idea 1)."""
+
+    blocks: Blocks
+    router: Literal["shared", "modality", "topk"]
+    # The keys below are for `topk` only.
+    num_experts: int = Field(2, ge=1)
+    k: int = Field(2, ge=1)
+    # none: the gate sees x. gate: the gate sees x + b_modality (the paper's formula).
+    # dispatch: the experts see x + b_modality as well (what the official EVE code does).
+    modality_vector: Literal["none", "gate", "dispatch"] = "gate"
+    # Weights of a token's kept choices are divided by their sum.
+    renormalise: bool = True
+    # Slots of an expert are ceil(capacity_factor * k * T / E); 0 is dropless.
+    capacity_factor: float = Field(0.0, ge=0)
+    capacity_factor_eval: float = Field(0.0, ge=0)
+    min_capacity: int = Field(4, ge=1)
+    load_balance_weight: float = Field(0.001, ge=0)
+    z_loss_weight: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> FeedForward:
+        if self.router == "topk" and self.k > self.num_experts:
+            raise ValueError(f"k is {self.k}, more than num_experts, {self.num_experts}")
+        return self
+
+
+class Decoder(Section):
+    """The light decoder of masked image modelling (MAE; PAPERS.md 6.9)."""
+
+    depth: int = Field(8, ge=1)
+    width: int = Field(512, ge=1)
+    heads: int = Field(16, ge=1)
+
+
+class Model(Section):
+    image_size: int = Field(224, ge=1)
+    patch_size: int = Field(16, ge=1)
+    width: int = Field(768, ge=1)
+    depth: int = Field(12, ge=1)
+    heads: int = Field(12, ge=1)
+    hidden: int = Field(3072, ge=1)
+    vocab_size: int = Field(64000, ge=8)
+    # Longest text in tokens, [CLS] and [SEP] included; longer ones are cut.
+    max_text_length: int = Field(40, ge=3)
+    # Rows of the table of text positions.
+    text_positions: int = Field(196, ge=3)
+    activation: Literal["gelu", "quick_gelu"] = "quick_gelu"
+    layer_scale: float | None = 0.1
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    text_dropout: float = Field(0.1, ge=0, lt=1)
+    # A LayerNorm over the embeddings before the first block.
+    embedding_norm: bool = True
+    norm_eps: float = Field(1e-6, gt=0)
+    feed_forward: tuple[FeedForward, ...]
+    decoder: Decoder = Decoder()
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    def feed_forward_of(self, block: int) -> FeedForward:
+        return next(ff for ff in self.feed_forward if block in ff.blocks)
+
+    @model_validator(mode="after")
+    def _check(self) -> Model:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.decoder.width % self.decoder.heads:
+            raise ValueError(
+                f"decoder.width {self.decoder.width} is not a multiple of decoder.heads {self.decoder.heads}"
+            )
+        if self.decoder.width % 4:
+            raise ValueError(
+                f"decoder.width {self.decoder.width} is not a multiple of 4 (sine-cosine positions)"
+            )
+        if self.max_text_length > self.text_positions:
+            raise ValueError(
+                f"max_text_length {self.max_text_length} is more than text_positions {self.text_positions}"
+            )
+        listed = sorted(block for ff in self.feed_forward for block in ff.blocks)
+        if listed != list(range(self.depth)):
+            raise ValueError(
+                f"feed_forward.blocks name the blocks {listed}, expected each of 0..{self.depth - 1} once"
+            )
+        return self
+
+
+class Shards(Section):
+    """One set of shards of a source. `shards`: a path, glob, brace pattern, URL or `pipe:` command."""
+
+    shards: str
+    weight: float = Field(1.0, gt=0)
+
+
+class Source(Section):
+    """A stream of samples mixed from sets of shards, read at `batch_size` samples a step."""
+
+    kind: Literal["pair", "image", "text"] = "pair"
+    mix: tuple[Shards, ...] = Field(min_length=1)
+    # Global: samples of a step over all ranks and all micro-batches.
+    batch_size: int = Field(ge=1)
+    # Share of the area kept by the random crop; the flip has probability 1/2.
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    flip: bool = True
+    # RandAugment (number of operations, magnitude); null is off. Never with pixel targets.
+    rand_augment: tuple[int, int] | None = None
+
+
+class Data(Section):
+    tokenizer: str
+    # Virtual readers: the order of the data depends on this number and on the seed, not on the machine.
+    num_readers: int = Field(8, ge=1)
+    shuffle_buffer: int = Field(4096, ge=1)
+    # Share of broken samples past which the run stops.
+    max_bad_share: float = Field(0.01, ge=0, le=1)
+    sources: dict[str, Source]
+
+    @model_validator(mode="after")
+    def _check(self) -> Data:
+        for name, source in self.sources.items():
+            if source.batch_size % self.num_readers:
+                raise ValueError(
+                    f"sources.{name}.batch_size {source.batch_size} is not a multiple of "
+                    f"num_readers {self.num_readers}"
+                )
+        return self
+
+
+class Stream(Section):
+    """(source, objective, weight): one forward and backward of a step (DESIGN.md, idea 2)."""
+
+    name: str
+    source: str
+    objective: Literal["masked_image", "masked_text", "masked_pair"]
+    weight: float = Field(1.0, gt=0)
+    # masked_image and masked_pair
+    image_ratio: float = Field(0.75, gt=0, lt=1)
+    image_masking: Literal["random", "block"] = "random"
+    # Targets: pixels of a patch minus their mean over their standard deviation, or raw in [-1, 1].
+    normalise_pixels: bool = True
+    # masked_text and masked_pair
+    text_ratio: float = Field(0.5, gt=0, lt=1)
+    text_masking: Literal["token", "word"] = "token"
+    # Of the chosen tokens: share that becomes [MASK], share that becomes a random word; the rest stays.
+    mask_share: float = Field(0.8, ge=0, le=1)
+    random_share: float = Field(0.1, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Stream:
+        if self.mask_share + self.random_share > 1:
+            raise ValueError(f"mask_share + random_share is {self.mask_share + self.random_share}, more than 1")
+        return self
+
+
+class Stage(Section):
+    name: str
+    steps: int = Field(ge=1)
+    streams: tuple[Stream, ...] = Field(min_length=1)
+    lr: float = Field(gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    # Name patterns (fnmatch) of the parameters that learn.
+    trainable: tuple[str, ...] = ("*",)
+    # Directory of exported weights to start from; null goes on from the stage before, or from the seed.
+    init_from: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Stage:
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} is more than steps {self.steps}")
+        names = [stream.name for stream in self.streams]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stream names {names} are not all different")
+        return self
+
+
+class Optimizer(Section):
+    """AdamW. Norms, biases, embeddings and gains get no weight decay."""
+
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    # Largest gradient norm; null does not clip.
+    clip: float | None = Field(3.0, gt=0)
+
+
+class Training(Section):
+    """How the run goes; none of these changes the result but `max_skipped_steps`."""
+
+    # Samples of one forward pass on one device; null is the whole share of the rank.
+    micro_batch_size: int | None = Field(None, ge=1)
+    activation_checkpointing: bool = False
+    compile: bool = False
+    num_workers: int = Field(1, ge=0)
+    log_every: int = Field(10, ge=1)
+    images_every: int = Field(1000, ge=1)
+    checkpoint_every: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    # Steps in a row with a loss or gradient norm that is not finite before the run stops; each is skipped.
+    max_skipped_steps: int = Field(10, ge=0)
+
+
+class Evaluation(Section):
+    """Held-out shards by name of the cell (e.g. unseen concept x seen style), and how many samples of each."""
+
+    shards: dict[str, str] = {}
+    max_samples: int = Field(2000, ge=1)
+    batch_size: int = Field(64, ge=1)
+    # Metadata field of the samples that the probes predict; null runs no probe.
+    label: str | None = None
+
+
+class Recipe(Section):
+    name: str
+    seed: int = 1
+    model: Model
+    data: Data
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    optimizer: Optimizer = Optimizer()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        for stage in self.stages:
+            for stream in stage.streams:
+                if stream.source not in self.data.sources:
+                    raise ValueError(
+                        f"stream {stream.name} of stage {stage.name} reads the source '{stream.source}', "
+                        f"expected one of {sorted(self.data.sources)}"
+                    )
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """The recipe of that name or path with `section.key=value` overrides (values are YAML).
+
+    Lists take an index (`stages.0.steps=100`). Raises UserError.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name_or_path}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        near = difflib.get_close_matches(name_or_path, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"no recipe '{name_or_path}' (known: {', '.join(known)}){hint}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds {type(tree).__name__}, expected a mapping of sections")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_recipe(tree, where=str(path))
+
+
+def parse_recipe(tree: dict[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_sentence(error)}") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"'{override}' is not an override such as model.depth=6")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"the value of the override '{override}' is not YAML") from None
+    node: Any = tree
+    *parents, last = key.split(".")
+    for depth, part in enumerate(parents):
+        if isinstance(node, list):
+            node = node[_index(node, part, key)]
+        else:
+            node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            found = ".".join(parents[: depth + 1])
+            raise UserError(f"override '{override}': {found} is the value {node!r}, not a section")
+    if isinstance(node, list):
+        node[_index(node, last, key)] = value
+    else:
+        node[last] = value
+
+
+def _index(node: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise UserError(f"override '{key}': '{part}' is not an index of a list of {len(node)}")
+    return int(part)
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first mistake of a validation as one sentence, with the nearest known key for an unknown one."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {where}; {hint}"
+    if first["type"] == "missing":
+        return f"the key {where} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where} is {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _keys_at(location: tuple[Any, ...]) -> list[str]:
+    """Field names of the section at a place of the tree, by walking the annotations."""
+    section: Any = Recipe
+    for part in location:
+        if isinstance(part, int) or not hasattr(section, "model_fields") or part not in section.model_fields:
+            continue
+        section = _section_in(section.model_fields[part].annotation) or section
+    return sorted(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        if (found := _section_in(inner)) is not None:
+            return found
+    return None

@@ -1,0 +1,1 @@
+"""The resumable stream: shards, readers, mixture, transforms, tokenizer, batches."""
