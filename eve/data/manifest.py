@@ -1,0 +1,261 @@
+"""The shard format: what a tar holds, its index from the headers alone, and the manifest beside it.
+
+A shard is a plain tar in webdataset naming. The members of a sample share a key, which is the path
+up to the first dot of the last part; what follows is the extension:
+
+    000042.jpg    the image, any format of IMAGE_EXTENSIONS
+    000042.json   {"captions": ["...", ...], ...any metadata}; or "caption": "...", as img2dataset writes
+    000042.txt    one caption (img2dataset, text-only shards)
+
+manifest.json beside the tars lists each with its counts and checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from eve.errors import UserError
+
+MANIFEST = "manifest.json"
+VERSION = 1
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+
+Kind = Literal["pair", "image", "text"]
+
+_KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]+)$")
+_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """A line of the manifest. `captions` counts all captions, so up to many times `samples`."""
+
+    name: str
+    samples: int
+    images: int
+    captions: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TarSample:
+    """The members of one key: extension (lower case) -> (offset of its bytes in the file, size)."""
+
+    key: str
+    members: dict[str, tuple[int, int]]
+
+    @property
+    def image(self) -> str | None:
+        """The extension of the image, None where there is none."""
+        return next((extension for extension in self.members if extension in IMAGE_EXTENSIONS), None)
+
+    @property
+    def has_text(self) -> bool:
+        return "json" in self.members or "txt" in self.members
+
+    def is_half(self, kind: Kind) -> bool:
+        """Lacks what a sample of that kind must have."""
+        return (kind != "text" and self.image is None) or (kind != "image" and not self.has_text)
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """The samples of a tar in file order.
+
+    `truncated`: the file ends inside a member or without the end-of-archive block; `samples` then
+    holds what is whole before that point. `duplicate_keys`: keys that have a member twice; each
+    further one is a sample of its own.
+    """
+
+    samples: list[TarSample]
+    truncated: bool
+    duplicate_keys: tuple[str, ...]
+
+    @property
+    def kind(self) -> Kind:
+        """What most samples are; an image with a json that may hold captions counts as a pair."""
+        images = sum(sample.image is not None for sample in self.samples)
+        texts = sum(sample.has_text for sample in self.samples)
+        if 2 * images <= len(self.samples):
+            return "text"
+        return "pair" if 2 * texts > len(self.samples) else "image"
+
+    def half_samples(self, kind: Kind | None = None) -> list[str]:
+        """Keys of the samples that lack their image or their text (by default for the majority's kind)."""
+        kind = kind or self.kind
+        return [sample.key for sample in self.samples if sample.is_half(kind)]
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Member name -> (key, extension in lower case); None where the name is not one of a sample."""
+    match = _KEY_AND_EXTENSION.match(name)
+    return (match[1], match[2].lower()) if match else None
+
+
+def scan_tar(path: str | Path) -> TarIndex:
+    """Indexes a local, uncompressed tar by its headers.
+
+    Members of one key are brought together wherever they stand, so interleaved keys make whole samples.
+    Raises UserError where the file is missing or no tar at all.
+    """
+    samples: list[TarSample] = []
+    open_samples: dict[str, TarSample] = {}
+    duplicates: dict[str, None] = {}
+    try:
+        with open(path, "rb") as file:
+            truncated = False
+            for member in _members(file, path):
+                if member is None:
+                    truncated = True
+                    break
+                name = split_name(member.name)
+                if name is None:
+                    continue
+                key, extension = name
+                sample = open_samples.get(key)
+                if sample is None or extension in sample.members:
+                    if sample is not None:
+                        duplicates[key] = None
+                    sample = open_samples[key] = TarSample(key, {})
+                    samples.append(sample)
+                sample.members[extension] = (member.offset_data, member.size)
+    except FileNotFoundError:
+        raise UserError(f"there is no shard {path}") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"the shard {path} cannot be read: {error.strerror}") from None
+    return TarIndex(samples, truncated, tuple(duplicates))
+
+
+def _members(file: Any, path: str | Path) -> Iterator[tarfile.TarInfo | None]:
+    """Regular files of the tar whose bytes are all there; None last where the tar is cut or broken."""
+    size = os.fstat(file.fileno()).st_size
+    if size == 0:
+        yield None
+        return
+    try:
+        archive = tarfile.TarFile(fileobj=file)
+    except tarfile.ReadError as error:
+        if size < _BLOCK:
+            yield None
+            return
+        raise UserError(f"{path} is not an uncompressed tar ({error})") from None
+    end = 0
+    while True:
+        try:
+            member = archive.next()
+        except (tarfile.TarError, EOFError):
+            yield None
+            return
+        if member is None:
+            break
+        if member.isreg():
+            if member.offset_data + member.size > size:
+                yield None
+                return
+            yield member
+        end = archive.offset
+        # tarfile keeps every header it has seen; a shard can have 100,000.
+        archive.members.clear()
+    # tarfile takes a file that simply stops between two members for complete; the zero block tells.
+    file.seek(end)
+    if file.read(_BLOCK) != bytes(_BLOCK):
+        yield None
+
+
+def parse_text(json_bytes: bytes | None, txt_bytes: bytes | None) -> tuple[list[str], dict[str, Any]]:
+    """(captions, metadata) of a sample from its json and txt members; captions are stripped, never empty.
+
+    The captions of the json win; the txt is read where it has none. Raises ValueError where the json
+    is no object, captions are not strings, or the bytes are not UTF-8.
+    """
+    metadata: dict[str, Any] = {}
+    captions: Any = None
+    if json_bytes is not None:
+        loaded = json.loads(json_bytes)
+        if not isinstance(loaded, dict):
+            raise ValueError(f"its json holds {type(loaded).__name__}, expected an object")
+        metadata = loaded
+        captions = metadata.pop("captions", None)
+        if captions is None:
+            captions = metadata.pop("caption", None)
+    if captions is None and txt_bytes is not None:
+        captions = txt_bytes.decode("utf-8")
+    captions = [] if captions is None else [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError("its captions are not a list of strings")
+    stripped = (caption.strip() for caption in captions)
+    return [caption for caption in stripped if caption], metadata
+
+
+def describe_shard(path: str | Path) -> ShardInfo:
+    """Counts and checksum of a tar, by reading all of it. Raises UserError where it is cut or broken."""
+    path = Path(path)
+    index = scan_tar(path)
+    if index.truncated:
+        raise UserError(f"the shard {path} is truncated after {len(index.samples)} samples")
+    images = captions = 0
+    with open(path, "rb") as file:
+        for sample in index.samples:
+            images += sample.image is not None
+            texts = {}
+            for extension in ("json", "txt"):
+                if extension in sample.members:
+                    offset, length = sample.members[extension]
+                    file.seek(offset)
+                    texts[extension] = file.read(length)
+            try:
+                captions += len(parse_text(texts.get("json"), texts.get("txt"))[0])
+            except ValueError as error:
+                raise UserError(f"the sample {sample.key} of {path} is broken: {error}") from None
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return ShardInfo(path.name, len(index.samples), images, captions, path.stat().st_size, digest)
+
+
+def read_manifest(directory: str | Path) -> list[ShardInfo]:
+    """The shards that the manifest of a directory lists. Raises UserError where it is missing or broken."""
+    path = Path(directory) / MANIFEST
+    try:
+        tree = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{directory} has no {MANIFEST}; tools/make_shards.py index writes one") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not readable: {error}") from None
+    if (
+        not isinstance(tree, dict)
+        or tree.get("version") != VERSION
+        or not isinstance(tree.get("shards"), list)
+    ):
+        raise UserError(f"{path} is not a manifest of version {VERSION}")
+    try:
+        return [ShardInfo(**shard) for shard in tree["shards"]]
+    except TypeError:
+        names = ", ".join(field.name for field in fields(ShardInfo))
+        raise UserError(f"{path}: each shard must have exactly the keys {names}") from None
+
+
+def write_manifest(directory: str | Path, shards: Iterable[ShardInfo]) -> None:
+    """Writes manifest.json, sorted by name, in one step: a reader sees the old one or the new one."""
+    ordered = sorted(shards, key=lambda shard: shard.name)
+    tree = {"version": VERSION, "shards": [asdict(shard) for shard in ordered]}
+    write_json(Path(directory) / MANIFEST, tree)
+
+
+def write_json(path: Path, tree: dict[str, Any]) -> None:
+    """Writes to a temporary name beside `path`, then renames."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(tree, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
