@@ -22,24 +22,20 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from eve.config import Recipe
+from eve.moe.plan import RouterStats
+from eve.parallel.topology import Topology
 
 if TYPE_CHECKING:
-    from eve.moe.plan import RouterStats
     from eve.training.pictures import Picture
 
 MODALITIES = ("image", "text")
-
-
-class HasRank(Protocol):
-    @property
-    def rank(self) -> int: ...
 
 
 class Monitor:
@@ -53,7 +49,7 @@ class Monitor:
         self,
         run_dir: Path | str,
         recipe: Recipe,
-        topology: HasRank,
+        topology: Topology,
         *,
         start_step: int = 0,
         console: TextIO | None = None,
@@ -194,8 +190,8 @@ def router_metrics(stats: Sequence[RouterStats]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for layer, calls in sorted(_by_layer(stats).items()):
         name = f"router/layer_{layer:02d}"
-        tokens = sum(int(call.tokens) for call in calls)
-        metrics[f"{name}/entropy"] = sum(float(call.entropy_sum) for call in calls) / max(tokens, 1)
+        tokens = sum(int(call.tokens_M.sum()) for call in calls)
+        metrics[f"{name}/entropy"] = sum(float(call.entropy) for call in calls) / max(tokens, 1)
         metrics[f"{name}/load_balance"] = sum(float(call.load_balance) for call in calls) / len(calls)
         metrics[f"{name}/z_loss"] = sum(float(call.z_loss) for call in calls) / len(calls)
         counts_ME, dropped_M = _totals(calls)

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -13,13 +12,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from eve.config import load_recipe
 from eve.moe.plan import RouterStats
+from eve.parallel.topology import Topology
 from eve.training.monitor import Monitor, clock, console_line, load_heat_map, memory_gib, router_metrics
 from eve.training.pictures import Picture
 
 
-@dataclass
-class Rank:
-    rank: int
+def topology(rank: int) -> Topology:
+    return Topology(rank, 2, rank, torch.device("cpu"))
 
 
 def stats_of(layer: int, counts_ME: list[list[int]], dropped_M=(0, 0), entropy=0.0) -> RouterStats:
@@ -27,8 +26,8 @@ def stats_of(layer: int, counts_ME: list[list[int]], dropped_M=(0, 0), entropy=0
     return RouterStats(
         layer=layer,
         counts_ME=counts,
-        entropy_sum=torch.tensor(entropy),
-        tokens=int(counts.sum()) // 2,
+        tokens_M=counts.sum(1) // 2,
+        entropy=torch.tensor(entropy),
         dropped_M=torch.tensor(dropped_M),
         load_balance=torch.tensor(1.0),
         z_loss=torch.tensor(0.0),
@@ -47,7 +46,7 @@ def recipe():
 
 
 def test_jsonl_gives_back_every_float_exactly_and_keeps_time_apart(tmp_path, recipe):
-    monitor = Monitor(tmp_path, recipe, Rank(0), console=io.StringIO())
+    monitor = Monitor(tmp_path, recipe, topology(0), console=io.StringIO())
     loss = 0.1 + 0.2  # 0.30000000000000004: seventeen digits
     monitor.log(10, {"loss/masked_image": loss, "lr": 1e-3}, {"step_seconds": 0.25})
     monitor.log(20, {"loss/masked_image": math.nan, "lr": 2e-3}, {"step_seconds": 0.5})
@@ -60,7 +59,7 @@ def test_jsonl_gives_back_every_float_exactly_and_keeps_time_apart(tmp_path, rec
 
 
 def test_tensorboard_events_read_back(tmp_path, recipe):
-    monitor = Monitor(tmp_path, recipe, Rank(0), console=io.StringIO())
+    monitor = Monitor(tmp_path, recipe, topology(0), console=io.StringIO())
     monitor.log(10, {"loss/masked_image": 0.5}, {"tflops": 2.0})
     monitor.log_router(10, [stats_of(4, [[3, 1], [2, 2]], entropy=2.0)])
     image = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
@@ -79,11 +78,11 @@ def test_tensorboard_events_read_back(tmp_path, recipe):
 
 
 def test_a_resumed_run_hides_the_events_after_its_start_and_appends_to_the_file(tmp_path, recipe):
-    monitor = Monitor(tmp_path, recipe, Rank(0), console=io.StringIO())
+    monitor = Monitor(tmp_path, recipe, topology(0), console=io.StringIO())
     for step in (10, 20, 30):
         monitor.log(step, {"loss/a": float(step)}, {})
     monitor.close()
-    resumed = Monitor(tmp_path, recipe, Rank(0), start_step=10, console=io.StringIO())
+    resumed = Monitor(tmp_path, recipe, topology(0), start_step=10, console=io.StringIO())
     resumed.log(20, {"loss/a": -1.0}, {})
     resumed.close()
     scalars = events_of(resumed.tensorboard_dir).Scalars("loss/a")
@@ -93,7 +92,7 @@ def test_a_resumed_run_hides_the_events_after_its_start_and_appends_to_the_file(
 
 def test_other_ranks_write_nothing(tmp_path, recipe):
     console = io.StringIO()
-    monitor = Monitor(tmp_path, recipe, Rank(1), console=console)
+    monitor = Monitor(tmp_path, recipe, topology(1), console=console)
     monitor.log(1, {"loss/a": 1.0}, {})
     monitor.log_router(1, [stats_of(0, [[1, 1], [0, 0]])])
     monitor.log_images(1, [])
