@@ -1,0 +1,125 @@
+"""Who this process is among the others, and the few collectives the loop needs.
+
+Created from what the launcher put into the environment (`deepspeed`, `torchrun`), or as the one
+process of a run without a launcher. Tensor and expert parallelism will add their degrees here.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from eve.errors import UserError
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Data parallelism only: `rank` and `world_size` are those of the batch."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @classmethod
+    def from_environment(cls) -> Topology:
+        """Reads RANK, WORLD_SIZE and LOCAL_RANK; without them this is the only process.
+
+        Joins the process group where the launcher started more than one process. Raises UserError
+        where a launcher started more processes on a machine than it has devices.
+        """
+        rank, world_size, local_rank = (
+            int(os.environ.get(name, default))
+            for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        )
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"process {local_rank} of this machine has no device: it has "
+                    f"{torch.cuda.device_count()}; start as many processes as devices"
+                )
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        topology = cls(rank, world_size, local_rank, device)
+        if world_size > 1:
+            topology.join()
+        return topology
+
+    def join(self) -> None:
+        """Makes the process group, once. DeepSpeed's engine wants one even for a single process."""
+        if dist.is_initialized():
+            return
+        if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+            assert self.world_size == 1, "a launcher sets MASTER_ADDR and MASTER_PORT"
+            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
+        # DeepSpeed looks for MPI unless it finds all five of these.
+        for name, value in (
+            ("RANK", self.rank),
+            ("WORLD_SIZE", self.world_size),
+            ("LOCAL_RANK", self.local_rank),
+        ):
+            os.environ.setdefault(name, str(value))
+        dist.init_process_group(
+            "nccl" if self.device.type == "cuda" else "gloo",
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timedelta(minutes=30),
+            device_id=self.device if self.device.type == "cuda" else None,
+        )
+
+    def leave(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather_objects(self, item: Item) -> list[Item]:
+        """The items of all ranks in their order, on every rank. Synchronises the host."""
+        if self.world_size == 1:
+            return [item]
+        items: list[Any] = [None] * self.world_size
+        dist.all_gather_object(items, item)
+        return items
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank. Synchronises the host."""
+        return any(self.gather_objects(flag))
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def raise_together(self, error: UserError | None) -> None:
+        """Every rank raises the first user error of any rank, or none does."""
+        sentences = self.gather_objects(None if error is None else str(error))
+        for sentence in sentences:
+            if sentence is not None:
+                raise UserError(sentence)
+
+    def describe(self) -> str:
+        """One line for the console."""
+        if self.device.type == "cuda":
+            device = torch.cuda.get_device_name(self.device)
+        else:
+            device = f"cpu, {torch.get_num_threads()} threads"
+        return f"{self.world_size} process{'es' if self.world_size > 1 else ''} on {device}"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,180 @@
+"""Reads the DeepSpeed JSON, fills in what the recipe decides, refuses what contradicts it.
+
+Nothing here imports deepspeed (seconds), so that a mistake in the file is found at once. The keys
+`train_batch_size`, `train_micro_batch_size_per_gpu`, `gradient_accumulation_steps` and
+`gradient_clipping` are "auto" in ds_configs/: a number there must agree with the recipe.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from eve.config import Recipe, Stage
+from eve.errors import UserError
+
+DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
+
+# Top-level keys of DeepSpeed that set up the engine. What trains (optimizer, scheduler) is the recipe's.
+ENGINE_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "bf16",
+    "fp16",
+    "data_types",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "sparse_gradients",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "comms_logger",
+    "flops_profiler",
+    "checkpoint",
+    "aio",
+    "log_level",
+)
+RECIPE_KEYS = {"optimizer": "optimizer", "scheduler": "stages"}
+PRECISIONS = {"bf16": "bf16", "fp16": "fp16"}
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How a step of a stage is cut on one rank."""
+
+    # Samples of a source in one step on one rank, and in one forward pass.
+    share: dict[str, int]
+    micro_batch: dict[str, int]
+
+    def micro_batches(self, source: str) -> int:
+        return self.share[source] // self.micro_batch[source]
+
+    def passes(self, stage: Stage) -> int:
+        """Forward and backward passes of one step on one rank."""
+        return sum(self.micro_batches(stream.source) for stream in stage.streams)
+
+
+def check_deepspeed_version() -> None:
+    """Refuses releases whose gradients are known to be wrong, and those nobody has tried."""
+    try:
+        version = metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        raise UserError("deepspeed is not installed; pip install -r requirements.txt") from None
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+    if not (0, 19, 8) <= numbers < (0, 20):
+        raise UserError(
+            f"deepspeed {version} is installed, expected >=0.19.8,<0.20: older ones reduce ZeRO gradients wrongly"
+        )
+
+
+def read_ds_config(path: str | Path) -> dict[str, Any]:
+    """The JSON as it is written. Raises UserError where unreadable, or with a key that is not the engine's."""
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        known = ", ".join(sorted(str(p.name) for p in DS_CONFIGS.glob("*.json")))
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise UserError(f"the DeepSpeed config {path} cannot be read: {reason} (ds_configs/ has {known})") from None
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: line {error.lineno}, {error.msg.lower()}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds a {type(tree).__name__}, expected an object of DeepSpeed's keys")
+    for key in tree:
+        if key in RECIPE_KEYS:
+            raise UserError(f"{path} has the key {key}; that belongs to the recipe ({RECIPE_KEYS[key]})")
+        if key not in ENGINE_KEYS:
+            near = difflib.get_close_matches(key, ENGINE_KEYS, n=1)
+            raise UserError(f"{path} has the unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+    return tree
+
+
+def zero_stage(tree: dict[str, Any]) -> int:
+    return int(tree.get("zero_optimization", {}).get("stage", 0))
+
+
+def precision(tree: dict[str, Any]) -> str:
+    """fp32, bf16 or fp16."""
+    return next((name for name in PRECISIONS if tree.get(name, {}).get("enabled", False)), "fp32")
+
+
+def plan_step(tree: dict[str, Any], recipe: Recipe, stage: Stage, world_size: int, where: str) -> StepPlan:
+    """Cuts the batch of each source of the stage. Raises UserError where it does not divide."""
+    written = tree.get("train_micro_batch_size_per_gpu", "auto")
+    wanted = recipe.training.micro_batch_size
+    if written != "auto" and wanted is not None and written != wanted:
+        raise UserError(
+            f"{where} says train_micro_batch_size_per_gpu {written}, the recipe training.micro_batch_size {wanted}; "
+            'make one of them "auto" or null'
+        )
+    micro_batch = wanted if written == "auto" else written
+    if recipe.data.num_readers % world_size:
+        raise UserError(
+            f"data.num_readers {recipe.data.num_readers} is not a multiple of the {world_size} processes"
+        )
+    shares, micro_batches = {}, {}
+    for stream in stage.streams:
+        batch_size = recipe.data.sources[stream.source].batch_size
+        key = f"data.sources.{stream.source}.batch_size {batch_size}"
+        if batch_size % world_size:
+            raise UserError(f"{key} is not a multiple of the {world_size} processes")
+        share = batch_size // world_size
+        if micro_batch is not None and share % micro_batch:
+            raise UserError(
+                f"{key} gives each of {world_size} processes {share} samples, which is not a multiple of the "
+                f"micro-batch {micro_batch}"
+            )
+        shares[stream.source], micro_batches[stream.source] = share, micro_batch or share
+    return StepPlan(shares, micro_batches)
+
+
+def resolve_ds_config(
+    tree: dict[str, Any], recipe: Recipe, stage: Stage, world_size: int, *, cuda: bool, where: str
+) -> tuple[dict[str, Any], StepPlan]:
+    """The configuration that the engine gets, with every "auto" filled in, and how a step is cut.
+
+    Raises UserError, in one sentence, for what cannot be or contradicts the recipe.
+    """
+    stage_number = zero_stage(tree)
+    if stage_number not in (0, 1, 2, 3):
+        raise UserError(f"{where} says zero_optimization.stage {stage_number}, expected 0, 1, 2 or 3")
+    enabled = [name for name in PRECISIONS if tree.get(name, {}).get("enabled", False)]
+    if len(enabled) > 1:
+        raise UserError(f"{where} enables both bf16 and fp16, expected at most one")
+    if enabled and stage_number == 0:
+        raise UserError(
+            f"{where} says {enabled[0]} with zero_optimization.stage 0, which keeps no fp32 weights; use stage 1"
+        )
+    if enabled == ["fp16"] and not cuda:
+        raise UserError(f"{where} enables fp16, which needs a CUDA device; use ds_configs/fp32.json on a CPU")
+    if stage_number == 1 and tree["zero_optimization"].get("overlap_comm"):
+        # Hooks of the last backward reduce the gradients, so a parameter that only an earlier stream
+        # of the step uses would be left out.
+        raise UserError(f"{where} says overlap_comm true with ZeRO stage 1, which loses gradients of streams")
+
+    plan = plan_step(tree, recipe, stage, world_size, where)
+    passes = plan.passes(stage)
+    micro_batch = plan.micro_batch[stage.streams[0].source]
+    decided = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": passes,
+        "train_batch_size": micro_batch * passes * world_size,
+        "gradient_clipping": recipe.optimizer.clip or 0.0,
+    }
+    for key, value in decided.items():
+        written = tree.get(key, "auto")
+        if written != "auto" and written != value:
+            raise UserError(f"{where} says {key} {written}, the recipe and {world_size} processes make it {value}")
+    return {**tree, **decided}, plan

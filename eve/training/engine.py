@@ -1,0 +1,138 @@
+"""The DeepSpeed engine behind the few calls that the loop makes.
+
+A step is several forward and backward passes (micro-batches x streams) and one update:
+
+    loss, output = engine.forward(stream, batch, units)
+    engine.backward(loss * weight, last=...)     # ... for each pass
+    engine.step(learning_rate)
+
+With ZeRO stage 0 and 1 gradients are reduced over the ranks once, with the last backward; stages 2 and
+3 reduce them with each, as they keep no whole gradient. The loss of a pass is already divided by what the whole
+step counts, so DeepSpeed's own division by `gradient_accumulation_steps` is switched off.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eve.config import Optimizer
+from eve.data.batch import Batch
+from eve.objectives import ObjectiveOutput, PretrainModule
+from eve.parallel.topology import Topology
+from eve.training.ds_config import zero_stage
+from eve.training.optimizer import build_optimizer
+
+
+class EngineModule(PretrainModule):
+    """DeepSpeed hooks into the backward of tensors it finds in a tuple, and finds none in a dataclass."""
+
+    def forward(self, stream: str, batch: Batch, units: Tensor) -> tuple[Tensor, ObjectiveOutput]:
+        output = super().forward(stream, batch, units)
+        return output.loss, output
+
+
+class Engine:
+    """`config` is a resolved configuration of ds_config.py; `module` is on the CPU or on the device."""
+
+    def __init__(
+        self, module: EngineModule, optimizer: Optimizer, config: dict[str, Any], topology: Topology
+    ) -> None:
+        deepspeed = _import_deepspeed()
+        topology.join()
+        self.zero_stage = zero_stage(config)
+        self.module = module
+        clips = self.zero_stage == 0
+        module.to(topology.device)
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=build_optimizer(module, optimizer, clips=clips),
+            # Stage 0 has no wrapper that clips in one pass: there the optimizer does.
+            config={**config, "gradient_clipping": 0.0} if clips else config,
+            dist_init_required=False,
+        )
+        module.train()
+
+    def forward(self, stream: str, batch: Batch, units: Tensor) -> tuple[Tensor, ObjectiveOutput]:
+        return self._engine(stream, batch, units)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> bool:
+        """Updates the parameters; False where the gradient was not finite and nothing was changed.
+
+        The norm is read on the host, the one synchronisation of a step.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        return self._engine.was_step_applied()
+
+    @property
+    def gradient_norm(self) -> float:
+        """Of the last step, before clipping, over all parameters; inf or nan where it was skipped."""
+        norm = self._engine.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+    def save(self, directory: Path, tag: str) -> None:
+        """Writes this rank's files below `directory/tag`. All ranks call it."""
+        self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+
+    def load(self, directory: Path, tag: str) -> None:
+        self._engine.load_checkpoint(str(directory), tag=tag)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[EngineModule]:
+        """The module in evaluation mode, without gradients."""
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield self.module
+        finally:
+            self.module.train()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's weights in fp32 on the CPU, by the model's own names. All ranks call it."""
+        if self.zero_stage == 0:
+            parameters = {name: p.detach() for name, p in self.module.model.named_parameters()}
+        else:
+            full = _import_deepspeed().utils.safe_get_full_fp32_param
+            parameters = {
+                name: full(p) if p.requires_grad else p.detach()
+                for name, p in self.module.model.named_parameters()
+            }
+        buffers = {
+            name: buffer
+            for name, buffer in self.module.model.named_buffers()
+            if name in self.module.model.state_dict().keys()
+        }
+        return {
+            name: tensor.to("cpu", torch.float32 if tensor.is_floating_point() else None, copy=True)
+            for name, tensor in {**parameters, **buffers}.items()
+        }
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed takes seconds to import, so no mistake of the user should have to wait for it."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    # Only inference uses this kernel, but training on a CPU would compile it (half a minute, a compiler).
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed

@@ -1,0 +1,52 @@
+"""Sums of what is logged, kept on the device between two log lines.
+
+The sums of an unfinished window are part of a checkpoint: a resumed run writes the same lines.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eve.parallel.topology import Topology
+
+
+class Window:
+    """Named sums of tensors of any shape, in float64, without a host synchronisation until `fetch`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        value = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
+        known = self._sums.get(name)
+        self._sums[name] = value.clone() if known is None else known + value
+
+    def fetch(self, topology: Topology) -> dict[str, Tensor]:
+        """The sums over all ranks, on the CPU; starts a new window. All ranks have the same names."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        flat = torch.cat([self._sums[name].reshape(-1) for name in names])
+        flat = topology.all_reduce_sum(flat).cpu()
+        parts = flat.split([self._sums[name].numel() for name in names])
+        sums = {name: part.reshape(self._sums[name].shape) for name, part in zip(names, parts, strict=True)}
+        self._sums = {}
+        return sums
+
+    def state(self, topology: Topology) -> list[dict[str, Any]]:
+        """What every rank holds, for `load`. All ranks call it."""
+        return topology.gather_objects({name: value.tolist() for name, value in self._sums.items()})
+
+    def load(self, states: list[dict[str, Any]], topology: Topology) -> None:
+        """With as many ranks as before each gets its own again, otherwise rank 0 gets the sum."""
+        self._sums = {}
+        same = len(states) == topology.world_size
+        for rank, sums in enumerate(states):
+            mine = rank == topology.rank if same else topology.rank == 0
+            for name, value in sums.items():
+                tensor = torch.tensor(value, dtype=torch.float64)
+                self.add(name, tensor if mine else torch.zeros_like(tensor))
