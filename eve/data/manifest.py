@@ -12,6 +12,7 @@ manifest.json beside the tars lists each with its counts and checksum.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from eve.errors import UserError
 
@@ -113,7 +114,7 @@ def scan_tar(path: str | Path) -> TarIndex:
     try:
         with open(path, "rb") as file:
             truncated = False
-            for member in _members(file, path):
+            for member in tar_members(file, path):
                 if member is None:
                     truncated = True
                     break
@@ -135,7 +136,7 @@ def scan_tar(path: str | Path) -> TarIndex:
     return TarIndex(samples, truncated, tuple(duplicates))
 
 
-def _members(file: Any, path: str | Path) -> Iterator[tarfile.TarInfo | None]:
+def tar_members(file: BinaryIO, path: str | Path) -> Iterator[tarfile.TarInfo | None]:
     """Regular files of the tar whose bytes are all there; None last where the tar is cut or broken."""
     size = os.fstat(file.fileno()).st_size
     if size == 0:
@@ -172,32 +173,54 @@ def _members(file: Any, path: str | Path) -> Iterator[tarfile.TarInfo | None]:
 
 
 def parse_text(json_bytes: bytes | None, txt_bytes: bytes | None) -> tuple[list[str], dict[str, Any]]:
-    """(captions, metadata) of a sample from its json and txt members; captions are stripped, never empty.
+    """(captions, metadata) of a sample from its json and txt members; captions stripped, no empty ones.
 
-    The captions of the json win; the txt is read where it has none. Raises ValueError where the json
-    is no object, captions are not strings, or the bytes are not UTF-8.
+    Raises ValueError as `raw_captions`.
+    """
+    captions, metadata = raw_captions(json_bytes, txt_bytes)
+    return [stripped for caption in captions if (stripped := caption.strip())], metadata
+
+
+def raw_captions(json_bytes: bytes | None, txt_bytes: bytes | None) -> tuple[list[str], dict[str, Any]]:
+    """(captions as they stand, metadata). The json's captions win; the txt is read where it has none.
+
+    Raises ValueError where the json is no object, captions are not strings, or the bytes are not UTF-8.
     """
     metadata: dict[str, Any] = {}
     captions: Any = None
     if json_bytes is not None:
-        loaded = json.loads(json_bytes)
-        if not isinstance(loaded, dict):
-            raise ValueError(f"its json holds {type(loaded).__name__}, expected an object")
-        metadata = loaded
-        captions = metadata.pop("captions", None)
-        if captions is None:
-            captions = metadata.pop("caption", None)
-    if captions is None and txt_bytes is not None:
-        captions = txt_bytes.decode("utf-8")
-    captions = [] if captions is None else [captions] if isinstance(captions, str) else captions
+        metadata = json.loads(json_bytes)
+        if not isinstance(metadata, dict):
+            raise ValueError(f"its json holds {type(metadata).__name__}, expected an object")
+        caption = metadata.pop("caption", None)
+        captions = metadata.pop("captions", caption)
+    if captions is None:
+        captions = [] if txt_bytes is None else txt_bytes.decode("utf-8")
+    if isinstance(captions, str):
+        captions = [captions]
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError("its captions are not a list of strings")
-    stripped = (caption.strip() for caption in captions)
-    return [caption for caption in stripped if caption], metadata
+    return captions, metadata
+
+
+def read_texts(file: BinaryIO, sample: TarSample) -> tuple[bytes | None, bytes | None]:
+    """The bytes of the json and of the txt of a sample of an open tar."""
+    return read_member(file, sample, "json"), read_member(file, sample, "txt")
+
+
+def read_member(file: BinaryIO, sample: TarSample, extension: str) -> bytes | None:
+    if extension not in sample.members:
+        return None
+    offset, size = sample.members[extension]
+    file.seek(offset)
+    return file.read(size)
 
 
 def describe_shard(path: str | Path) -> ShardInfo:
-    """Counts and checksum of a tar, by reading all of it. Raises UserError where it is cut or broken."""
+    """Counts and checksum of a tar, by reading all of it. A text that cannot be parsed counts as no caption.
+
+    Raises UserError where the tar is cut or broken.
+    """
     path = Path(path)
     index = scan_tar(path)
     if index.truncated:
@@ -206,16 +229,8 @@ def describe_shard(path: str | Path) -> ShardInfo:
     with open(path, "rb") as file:
         for sample in index.samples:
             images += sample.image is not None
-            texts = {}
-            for extension in ("json", "txt"):
-                if extension in sample.members:
-                    offset, length = sample.members[extension]
-                    file.seek(offset)
-                    texts[extension] = file.read(length)
-            try:
-                captions += len(parse_text(texts.get("json"), texts.get("txt"))[0])
-            except ValueError as error:
-                raise UserError(f"the sample {sample.key} of {path} is broken: {error}") from None
+            with contextlib.suppress(ValueError):
+                captions += len(parse_text(*read_texts(file, sample))[0])
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return ShardInfo(path.name, len(index.samples), images, captions, path.stat().st_size, digest)
