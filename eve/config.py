@@ -97,8 +97,13 @@ class Model(Section):
     # A LayerNorm over the embeddings before the first block.
     embedding_norm: bool = True
     norm_eps: float = Field(1e-6, gt=0)
+    # Truncated normal, cut at one standard deviation.
+    init_std: float = Field(0.02, gt=0)
+    # Divide what a block's two branches write by sqrt(2 * block), blocks counted from 1.
+    rescale_init: bool = False
     feed_forward: tuple[FeedForward, ...]
-    decoder: Decoder = Decoder()
+    # null builds none: no masked image objective.
+    decoder: Decoder | None = Decoder()
 
     @property
     def num_patches(self) -> int:
@@ -110,14 +115,16 @@ class Model(Section):
     @model_validator(mode="after")
     def _check(self) -> Model:
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.decoder.width % self.decoder.heads:
+        if self.decoder and self.decoder.width % self.decoder.heads:
             raise ValueError(
                 f"decoder.width {self.decoder.width} is not a multiple of decoder.heads {self.decoder.heads}"
             )
-        if self.decoder.width % 4:
+        if self.decoder and self.decoder.width % 4:
             raise ValueError(
                 f"decoder.width {self.decoder.width} is not a multiple of 4 (sine-cosine positions)"
             )
@@ -196,7 +203,9 @@ class Stream(Section):
     @model_validator(mode="after")
     def _check(self) -> Stream:
         if self.mask_share + self.random_share > 1:
-            raise ValueError(f"mask_share + random_share is {self.mask_share + self.random_share}, more than 1")
+            raise ValueError(
+                f"mask_share + random_share is {self.mask_share + self.random_share}, more than 1"
+            )
         return self
 
 

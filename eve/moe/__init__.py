@@ -1,0 +1,1 @@
+"""Routers, auxiliary losses, expert bank, and the dispatch/combine seam."""

@@ -1,0 +1,86 @@
+"""From pixels and word ids to packed tokens.
+
+Image: visible patches are picked before they are projected, so a masked image costs what is seen of
+it. Text: word -> LayerNorm -> dropout -> + position + type (PAPERS.md 1.1).
+Shape suffixes: B sample, P patch, V visible patch, N text token, C pixels of a patch, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eve.config import Model
+from eve.model import random
+from eve.model.layers import Layers
+from eve.packing import TokenLayout
+
+
+def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:
+    """(B, 3, H, W) -> (B, P, 3 * p * p); pixels of a patch in the order (channel, row, column), the
+    order of a convolution's weights."""
+    b, c, height, width = images_BCHW.shape
+    p = patch_size
+    x = images_BCHW.view(b, c, height // p, p, width // p, p)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, (height // p) * (width // p), c * p * p)
+
+
+def unpatchify(patches_BPC: Tensor, patch_size: int) -> Tensor:
+    """The inverse, for square images: (B, P, 3 * p * p) -> (B, 3, H, W)."""
+    b, num_patches, _ = patches_BPC.shape
+    side, p = int(num_patches**0.5), patch_size
+    x = patches_BPC.view(b, side, side, 3, p, p).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(b, 3, side * p, side * p)
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 -> fp32 in [-1, 1] (mean = std = 0.5)."""
+    return pixels.float().div_(127.5).sub_(1.0)
+
+
+def pick(x_BPC: Tensor, index_BM: Tensor) -> Tensor:
+    """(B, P, C) -> (B, M, C): the patches of that index."""
+    return x_BPC.gather(1, index_BM[..., None].expand(-1, -1, x_BPC.shape[-1]))
+
+
+class ImageEmbedding(nn.Module):
+    def __init__(self, config: Model):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.projection = nn.Linear(3 * config.patch_size**2, config.width)
+        self.class_token = nn.Parameter(torch.empty(config.width))
+        self.position = nn.Parameter(torch.empty(config.num_patches + 1, config.width))
+        self.position.no_weight_decay = True  # pyright: ignore
+
+    def forward(self, images_BCHW: Tensor, visible_BV: Tensor | None) -> Tensor:
+        """(B, 3, H, W) uint8 -> (B * (1 + V), D): class token, then visible patches, of each sample."""
+        patches = patchify(images_BCHW, self.patch_size)
+        position_BVD = self.position[1:]
+        if visible_BV is not None:
+            patches = pick(patches, visible_BV)
+            position_BVD = position_BVD[visible_BV]
+        x_BVD = self.projection(to_float(patches).to(self.projection.weight.dtype)) + position_BVD
+        first_B1D = (self.class_token + self.position[0]).expand(x_BVD.shape[0], 1, -1)
+        return torch.cat([first_B1D, x_BVD], dim=1).flatten(0, 1)
+
+
+class TextEmbedding(nn.Module):
+    def __init__(self, config: Model, layers: Layers):
+        super().__init__()
+        self.dropout = config.text_dropout
+        self.word = layers.word_embedding(config.vocab_size, config.width)
+        self.position = nn.Parameter(torch.empty(config.text_positions, config.width))
+        self.position.no_weight_decay = True  # pyright: ignore
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+
+    def forward(self, tokens_N: Tensor, layout: TokenLayout, seed_B: Tensor | None) -> Tensor:
+        """(N,) -> (N, D). `seed_B` None: no dropout."""
+        x_ND = self.norm(self.word(tokens_N))
+        position_N = layout.text_position_N
+        if self.dropout and seed_B is not None:
+            sample_N = layout.sample_T[layout.num_image :]
+            seed_N = random.mix(seed_B[sample_N], position_N)
+            columns_D = torch.arange(x_ND.shape[1], device=x_ND.device)
+            x_ND = x_ND * random.keep_scale(seed_N[:, None], columns_D, self.dropout).to(x_ND.dtype)
+        return x_ND + F.embedding(position_N, self.position)

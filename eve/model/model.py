@@ -1,0 +1,94 @@
+"""The whole pre-training model: encoder, image decoder, word head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from eve.config import Model
+from eve.model.decoder import Decoder
+from eve.model.encoder import Encoder, EncoderOutput
+from eve.model.heads import WordHead
+from eve.model.initialisation import initialise
+from eve.model.layers import Layers
+
+
+class VisionLanguageModel(nn.Module):
+    def __init__(self, config: Model, layers: Layers):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, layers)
+        self.decoder = None if config.decoder is None else Decoder(config, layers)
+        self.word_head = WordHead(config.width, config.vocab_size, config.norm_eps, layers)
+
+    def encode(self, **inputs: Any) -> EncoderOutput:
+        """See Encoder.forward."""
+        return self.encoder(**inputs)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks, encoder first."""
+        decoder = [] if self.decoder is None else list(self.decoder.blocks)
+        return [*self.encoder.blocks, *decoder]
+
+    def compile_blocks(self) -> None:
+        """torch.compile of each block on its own: one graph for all of a kind, quick to build."""
+        for block in self.blocks:
+            block.compile(dynamic=True)
+
+    def enable_checkpointing(self) -> None:
+        """Recompute the encoder's blocks in the backward instead of keeping what they computed."""
+        self.encoder.checkpointing = True
+
+
+def build_model(
+    config: Model, seed: int, device: torch.device | str = "cpu", layers: Layers | None = None
+) -> VisionLanguageModel:
+    """The model with its initial weights: the same for a seed on any device and layout."""
+    layers = layers or Layers()
+    model = VisionLanguageModel(config, layers)
+    initialise(model, seed, config.init_std, config.rescale_init)
+    return model.to(device)
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters.
+
+    Attributes:
+        total: all. encoder: embeddings, blocks and final norm: what is kept for downstream tasks.
+        routed_experts: experts of learned routers.
+        active: matrix weights of the encoder's blocks that one token passes (mean over the
+            modalities), embeddings and norms left out.
+    """
+
+    total: int
+    encoder: int
+    routed_experts: int
+    active: int
+
+
+def count_parameters(config: Model) -> ParameterCount:
+    """Counted on the meta device: nothing is allocated."""
+    with torch.device("meta"):
+        model = VisionLanguageModel(config, Layers())
+    routed = active = 0
+    for block in model.encoder.blocks:
+        active += block.attention.qkv.weight.numel() + block.attention.proj.weight.numel()  # pyright: ignore
+        slot = block.feed_forward  # pyright: ignore
+        bank = sum(p.numel() for p in slot.experts.parameters())  # pyright: ignore
+        weights = slot.experts.w1_EDF.numel() + slot.experts.w2_EFD.numel()  # pyright: ignore
+        share = 1 / slot.experts.num_experts  # pyright: ignore
+        if slot.router is not None:  # pyright: ignore
+            routed += bank
+            share *= slot.config.k  # pyright: ignore
+        active += round(weights * share)
+    return ParameterCount(
+        total=sum(p.numel() for p in model.parameters()),
+        encoder=sum(p.numel() for p in model.encoder.parameters()),
+        routed_experts=routed,
+        active=active,
+    )

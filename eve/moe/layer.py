@@ -1,0 +1,49 @@
+"""The feed-forward slot of a block: router -> dispatch -> bank of experts -> combine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from eve.config import FeedForward
+from eve.moe.dispatch import Dispatcher
+from eve.moe.plan import RouterOutput
+from eve.moe.routers import TopKRouter, modality_plan, shared_plan
+from eve.packing import TokenLayout
+
+NUM_EXPERTS_OF_HARD_ROUTERS = {"shared": 1, "modality": 2}
+
+
+class RoutedFeedForward(nn.Module):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        config: FeedForward,
+        *,
+        layer: int,
+        activation: str,
+        experts: Callable[[int, int, int, str], nn.Module],
+        dispatcher: Dispatcher,
+        mean_over_ranks: Callable[[Tensor], Tensor],
+    ):
+        super().__init__()
+        self.config = config
+        self.dispatcher = dispatcher
+        self.router: TopKRouter | None = None
+        if config.router == "topk":
+            self.router = TopKRouter(width, config, layer, mean_over_ranks)
+        num_experts = NUM_EXPERTS_OF_HARD_ROUTERS.get(config.router, config.num_experts)
+        self.experts = experts(num_experts, width, hidden, activation)
+
+    def forward(self, x_TD: Tensor, layout: TokenLayout) -> tuple[Tensor, RouterOutput | None]:
+        if self.router is None:
+            plan = shared_plan(layout) if self.config.router == "shared" else modality_plan(layout)
+            return self.experts(x_TD, plan.offsets_E), None
+        output = self.router(x_TD, layout)
+        if self.config.modality_vector == "dispatch":
+            x_TD = x_TD + self.router.modality_vector[layout.modality_T]  # pyright: ignore
+        x_ND = self.dispatcher.dispatch(x_TD, output.plan)
+        y_ND = self.experts(x_ND, output.plan.offsets_E)
+        return self.dispatcher.combine(y_ND, output.plan), output

@@ -1,0 +1,59 @@
+"""What a router returns: the plan that dispatch and combine follow, and what to report.
+
+Shape suffixes: T token, K choice, E expert, N dispatched row, M modality.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """Which token goes to which row of which expert, with what weight.
+
+    Attributes:
+        offsets_E: int32, end of each expert's rows; the rows of an expert lie together. Rows past
+            the last offset belong to dropped choices: no expert computes them and nobody reads them.
+        row_token_N: int64, the token of each row; None where the rows are the tokens in order.
+        token_row_TK: int64, the row of each choice of a token, -1 where it was dropped; None as above.
+        weight_TK: fp32, the weight of each choice; None where all are 1.
+    """
+
+    offsets_E: Tensor
+    row_token_N: Tensor | None = None
+    token_row_TK: Tensor | None = None
+    weight_TK: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RouterStats:
+    """What one router did with one micro-batch; all tensors detached and on the device.
+
+    Attributes:
+        layer: index of the block.
+        counts_ME: int64, choices of each modality that named each expert, before drops.
+        dropped_M: int64, choices of each modality that found their expert full.
+        tokens_M: int64, tokens of each modality.
+        entropy: fp32 scalar, sum over tokens of the entropy of the gate in nats.
+        load_balance, z_loss: fp32 scalars, unweighted auxiliary losses.
+    """
+
+    layer: int
+    counts_ME: Tensor
+    dropped_M: Tensor
+    tokens_M: Tensor
+    entropy: Tensor
+    load_balance: Tensor
+    z_loss: Tensor
+
+
+@dataclass(frozen=True)
+class RouterOutput:
+    """`aux_loss`: weighted auxiliary losses of this layer, with gradient."""
+
+    plan: RoutingPlan
+    aux_loss: Tensor
+    stats: RouterStats

@@ -1,0 +1,116 @@
+"""Masked image modelling (MAE within EVE; PAPERS.md 1.3): the encoder sees the visible patches and
+the complete text, the decoder predicts the pixels of the masked patches.
+
+Shape suffixes: B sample, V visible patch, M masked patch, C pixels of a patch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eve.config import Model, Stream
+from eve.data.batch import Batch, Masking
+from eve.data.tokenizer import Tokenizer
+from eve.model import VisionLanguageModel
+from eve.model.embeddings import patchify, pick, to_float
+from eve.objectives.masking import ImageMasking
+from eve.objectives.output import ObjectiveOutput, with_routing
+
+_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class ImagePrediction:
+    """Of the masked patches, in the target's space; `raw_BMC` are their true pixels in [-1, 1]."""
+
+    pred_BMC: Tensor
+    target_BMC: Tensor
+    raw_BMC: Tensor
+    masked_BM: Tensor
+    normalised: bool
+
+    def to_pixels(self) -> Tensor:
+        """Predicted pixels in [-1, 1]. Where targets are normalised, the mean and deviation of each
+        patch are taken from the true picture: the model does not predict them."""
+        if not self.normalised:
+            return self.pred_BMC
+        mean, std = _moments(self.raw_BMC)
+        return self.pred_BMC * std + mean
+
+
+def _moments(raw_BMC: Tensor) -> tuple[Tensor, Tensor]:
+    variance, mean = torch.var_mean(raw_BMC, dim=-1, keepdim=True)  # unbiased, as MAE has it
+    return mean, (variance + _EPS).sqrt()
+
+
+def image_target(raw_BMC: Tensor, normalised: bool) -> Tensor:
+    """Pixels in [-1, 1], or (x - mean) / sqrt(var + 1e-6) of each patch (MAE)."""
+    if not normalised:
+        return raw_BMC
+    mean, std = _moments(raw_BMC)
+    return (raw_BMC - mean) / std
+
+
+def raw_patches(batch: Batch, masked_BM: Tensor, patch_size: int) -> Tensor:
+    assert batch.images_BCHW is not None
+    return to_float(pick(patchify(batch.images_BCHW, patch_size), masked_BM))
+
+
+class MaskedImage:
+    def __init__(self, stream: Stream, model: Model):
+        self.name = stream.name
+        self.stream = stream
+        self.side = model.image_size // model.patch_size
+
+    def masking(self, tokenizer: Tokenizer | None) -> Masking:
+        return ImageMasking(self.side, self.stream.image_ratio, self.stream.image_masking)
+
+    def units(self, batch: Batch) -> Tensor:
+        masked_BM = batch.masks[self.name]["masked_M"]
+        return torch.full((), masked_BM.numel(), dtype=torch.float32, device=masked_BM.device)
+
+    def __call__(
+        self, model: VisionLanguageModel, batch: Batch, units: Tensor, aux_weight: float
+    ) -> ObjectiveOutput:
+        mask = batch.masks[self.name]
+        encoded = model.encode(
+            images_BCHW=batch.images_BCHW,
+            visible_BV=mask["visible_V"],
+            tokens_N=batch.tokens_N,
+            text_lengths=batch.text_lengths if batch.tokens_N is not None else None,
+            seed_B=batch.seed_B,
+        )
+        assert model.decoder is not None
+        pred_BMC = model.decoder(encoded.images_BID, mask["visible_V"], mask["masked_M"])
+        total, metrics = image_loss(pred_BMC, batch, mask["masked_M"], model.config.patch_size, self.stream)
+        return with_routing(total / units, metrics, encoded, aux_weight)
+
+    @torch.no_grad()
+    def predict(self, model: VisionLanguageModel, batch: Batch) -> ImagePrediction:
+        mask = batch.masks[self.name]
+        encoded = model.encode(
+            images_BCHW=batch.images_BCHW,
+            visible_BV=mask["visible_V"],
+            tokens_N=batch.tokens_N,
+            text_lengths=batch.text_lengths if batch.tokens_N is not None else None,
+        )
+        assert model.decoder is not None
+        pred_BMC = model.decoder(encoded.images_BID, mask["visible_V"], mask["masked_M"]).float()
+        raw_BMC = raw_patches(batch, mask["masked_M"], model.config.patch_size)
+        normalised = self.stream.normalise_pixels
+        return ImagePrediction(
+            pred_BMC, image_target(raw_BMC, normalised), raw_BMC, mask["masked_M"], normalised
+        )
+
+
+def image_loss(
+    pred_BMC: Tensor, batch: Batch, masked_BM: Tensor, patch_size: int, stream: Stream
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Sum over masked patches of the mean squared error of their pixels, and the metric."""
+    target_BMC = image_target(raw_patches(batch, masked_BM, patch_size), stream.normalise_pixels)
+    total = (pred_BMC.float() - target_BMC).square().mean(-1).sum()
+    count = torch.full_like(total, masked_BM.numel())
+    return total, {"loss": (total.detach(), count.detach())}

@@ -1,0 +1,53 @@
+"""Both inputs of a pair masked in one pass: the ablation of EVE's Table 5."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eve.config import Model, Stream
+from eve.data.batch import Batch, Masking
+from eve.data.tokenizer import Tokenizer
+from eve.model import VisionLanguageModel
+from eve.objectives.masked_image import image_loss
+from eve.objectives.masked_text import text_loss, text_masking
+from eve.objectives.masking import ImageMasking, PairMasking
+from eve.objectives.output import ObjectiveOutput, with_routing
+
+
+class MaskedPair:
+    """The sum of the two means; its units are a vector, (masked patches, masked words)."""
+
+    def __init__(self, stream: Stream, model: Model):
+        self.name = stream.name
+        self.stream = stream
+        self.side = model.image_size // model.patch_size
+
+    def masking(self, tokenizer: Tokenizer | None) -> Masking:
+        image = ImageMasking(self.side, self.stream.image_ratio, self.stream.image_masking)
+        return PairMasking(image, text_masking(self.stream, tokenizer))
+
+    def units(self, batch: Batch) -> Tensor:
+        mask = batch.masks[self.name]
+        numbers = [mask["masked_M"].numel(), mask["target_N"].numel()]
+        return torch.tensor(numbers, dtype=torch.float32).to(batch.seed_B.device, non_blocking=True)
+
+    def __call__(
+        self, model: VisionLanguageModel, batch: Batch, units: Tensor, aux_weight: float
+    ) -> ObjectiveOutput:
+        mask = batch.masks[self.name]
+        encoded = model.encode(
+            images_BCHW=batch.images_BCHW,
+            visible_BV=mask["visible_V"],
+            tokens_N=mask["input_N"],
+            text_lengths=batch.text_lengths,
+            seed_B=batch.seed_B,
+        )
+        assert model.decoder is not None
+        pred_BMC = model.decoder(encoded.images_BID, mask["visible_V"], mask["masked_M"])
+        patch_size = model.config.patch_size
+        image, image_metrics = image_loss(pred_BMC, batch, mask["masked_M"], patch_size, self.stream)
+        text, text_metrics = text_loss(model, encoded, batch, self.name)
+        metrics = {f"image_{k}": v for k, v in image_metrics.items()}
+        metrics |= {f"text_{k}": v for k, v in text_metrics.items()}
+        return with_routing(image / units[0] + text / units[1], metrics, encoded, aux_weight)

@@ -1,0 +1,107 @@
+"""Masked language modelling within a pair (EVE; PAPERS.md 1.3): the complete image and the text with
+masked words through the encoder, a small head predicts the words.
+
+Shape suffixes: B sample, N text token, K masked token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eve.config import Model, Stream
+from eve.data.batch import Batch, Masking
+from eve.data.tokenizer import Tokenizer
+from eve.model import VisionLanguageModel
+from eve.model.encoder import EncoderOutput
+from eve.objectives.masking import TextMasking
+from eve.objectives.output import ObjectiveOutput, with_routing
+
+
+@dataclass(frozen=True)
+class TextPrediction:
+    """Of the masked words of a batch: logits, what stood there, and their sample in the batch."""
+
+    logits_KV: Tensor
+    labels_K: Tensor
+    sample_K: Tensor
+
+
+def text_masking(stream: Stream, tokenizer: Tokenizer | None) -> TextMasking:
+    assert tokenizer is not None
+    return TextMasking(
+        ratio=stream.text_ratio,
+        kind=stream.text_masking,
+        mask_share=stream.mask_share,
+        random_share=stream.random_share,
+        mask_id=tokenizer.mask_id,
+        special_V=tokenizer.special_V,
+        word_start_V=tokenizer.word_start_V,
+    )
+
+
+def masked_rows(batch: Batch, stream: str) -> tuple[Tensor, Tensor]:
+    """Rows of the masked tokens among the packed text tokens, and their samples; computed on the host,
+    because their number is needed there."""
+    positions = [sample.masks[stream]["position_N"] for sample in batch.samples]
+    counts = [len(position) for position in positions]
+    starts = np.cumsum([0, *batch.text_lengths[:-1]])
+    rows = np.concatenate(positions) + np.repeat(starts, counts)
+    samples = np.repeat(np.arange(len(counts)), counts)
+    device = batch.seed_B.device
+    return (
+        torch.from_numpy(rows).to(device, non_blocking=True),
+        torch.from_numpy(samples).to(device, non_blocking=True),
+    )
+
+
+class MaskedText:
+    def __init__(self, stream: Stream, model: Model):
+        self.name = stream.name
+        self.stream = stream
+
+    def masking(self, tokenizer: Tokenizer | None) -> Masking:
+        return text_masking(self.stream, tokenizer)
+
+    def units(self, batch: Batch) -> Tensor:
+        target_K = batch.masks[self.name]["target_N"]
+        return torch.full((), target_K.numel(), dtype=torch.float32, device=target_K.device)
+
+    def _encode(self, model: VisionLanguageModel, batch: Batch, seed_B: Tensor | None) -> EncoderOutput:
+        return model.encode(
+            images_BCHW=batch.images_BCHW,
+            tokens_N=batch.masks[self.name]["input_N"],
+            text_lengths=batch.text_lengths,
+            seed_B=seed_B,
+        )
+
+    def __call__(
+        self, model: VisionLanguageModel, batch: Batch, units: Tensor, aux_weight: float
+    ) -> ObjectiveOutput:
+        encoded = self._encode(model, batch, batch.seed_B)
+        total, metrics = text_loss(model, encoded, batch, self.name)
+        return with_routing(total / units, metrics, encoded, aux_weight)
+
+    @torch.no_grad()
+    def predict(self, model: VisionLanguageModel, batch: Batch) -> TextPrediction:
+        encoded = self._encode(model, batch, None)
+        row_K, sample_K = masked_rows(batch, self.name)
+        logits_KV = model.word_head(encoded.texts_ND[row_K]).float()
+        return TextPrediction(logits_KV, batch.masks[self.name]["target_N"], sample_K)
+
+
+def text_loss(
+    model: VisionLanguageModel, encoded: EncoderOutput, batch: Batch, stream: str
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Sum over masked words of the cross-entropy, and the metrics."""
+    target_K = batch.masks[stream]["target_N"]
+    row_K, _ = masked_rows(batch, stream)
+    logits_KV = model.word_head(encoded.texts_ND.index_select(0, row_K)).float()
+    total = F.cross_entropy(logits_KV, target_K, reduction="sum")
+    count = torch.full_like(total, target_K.numel())
+    right = (logits_KV.detach().argmax(-1) == target_K).sum()
+    return total, {"loss": (total.detach(), count.detach()), "accuracy": (right, count.detach())}

@@ -1,0 +1,148 @@
+"""What to hide: random and block-wise patches, tokens and whole words.
+
+Pure functions of (shape, ratio, generator), and the picklable `Masking` objects that worker
+processes call for each sample. The number of masked patches of an image is always the same, so
+that a batch is rectangular. Shape suffixes: P patch, V visible, M masked, N token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from eve.data.batch import Sample
+
+
+def num_masked_patches(num_patches: int, ratio: float) -> int:
+    """MAE keeps int(P * (1 - ratio)) patches; at least one is kept and one masked."""
+    return min(num_patches - 1, max(1, num_patches - int(num_patches * (1 - ratio))))
+
+
+def random_patches(num_patches: int, num_masked: int, rng: np.random.Generator) -> np.ndarray:
+    """bool_P: uniformly random, exactly `num_masked` true (MAE)."""
+    masked_P = np.zeros(num_patches, dtype=bool)
+    masked_P[rng.permutation(num_patches)[:num_masked]] = True
+    return masked_P
+
+
+def block_patches(
+    side: int, num_masked: int, rng: np.random.Generator, min_patches: int = 4, min_aspect: float = 0.3
+) -> np.ndarray:
+    """bool_P: rectangles until exactly `num_masked` are true (BEiT; PAPERS.md 2.3).
+
+    Rectangles of log-uniform aspect in [min_aspect, 1 / min_aspect] are placed while they add at
+    least one and at most the missing number of patches. BEiT stops after ten misses in a row and so
+    may mask fewer; here what is missing is filled with single patches next to the masked area.
+    """
+    masked = np.zeros((side, side), dtype=bool)
+    log_aspect = (math.log(min_aspect), -math.log(min_aspect))
+    misses = 0
+    while (missing := num_masked - int(masked.sum())) > 0 and misses < 10:
+        area = rng.uniform(min(min_patches, missing), max(min_patches, missing))
+        aspect = math.exp(rng.uniform(*log_aspect))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        misses += 1
+        if not (0 < height < side and 0 < width < side):
+            continue
+        top, left = rng.integers(0, side - height + 1), rng.integers(0, side - width + 1)
+        window = masked[top : top + height, left : left + width]
+        if 0 < window.size - int(window.sum()) <= missing:
+            window[:] = True
+            misses = 0
+    while (missing := num_masked - int(masked.sum())) > 0:
+        near = np.zeros_like(masked)
+        near[1:] |= masked[:-1]
+        near[:-1] |= masked[1:]
+        near[:, 1:] |= masked[:, :-1]
+        near[:, :-1] |= masked[:, 1:]
+        candidates = np.flatnonzero(near & ~masked)
+        if not len(candidates):
+            candidates = np.flatnonzero(~masked)
+        masked.flat[rng.permutation(candidates)[:missing]] = True
+    return masked.ravel()
+
+
+@dataclass(frozen=True)
+class ImageMasking:
+    """-> {"visible_V", "masked_M"}: int64 patch indices in ascending order."""
+
+    side: int
+    ratio: float
+    kind: str
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        num_masked = num_masked_patches(self.side**2, self.ratio)
+        if self.kind == "block":
+            masked_P = block_patches(self.side, num_masked, rng)
+        else:
+            masked_P = random_patches(self.side**2, num_masked, rng)
+        return {"visible_V": np.flatnonzero(~masked_P), "masked_M": np.flatnonzero(masked_P)}
+
+
+@dataclass(frozen=True, eq=False)
+class TextMasking:
+    """-> {"input_N", "position_N", "target_N"}, all int64: the corrupted text, the places that were
+    chosen and what stood there.
+
+    Of n maskable tokens (all but the special ones) max(1, round(ratio * n)) are chosen; in `word`
+    mode whole words, in random order, while they fit. Of the chosen, `mask_share` become [MASK],
+    `random_share` a random ordinary token, the rest stays as it is (BERT).
+    """
+
+    ratio: float
+    kind: str
+    mask_share: float
+    random_share: float
+    mask_id: int
+    special_V: np.ndarray
+    word_start_V: np.ndarray
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        tokens_N = sample.tokens_N
+        assert tokens_N is not None
+        # [UNK] is special but stands for a word.
+        maskable = np.arange(1, len(tokens_N) - 1)
+        number = max(1, round(self.ratio * len(maskable))) if len(maskable) else 0
+        if self.kind == "word":
+            chosen = self._whole_words(tokens_N, maskable, number, rng)
+        else:
+            chosen = rng.permutation(maskable)[:number]
+        chosen = np.sort(chosen)
+        corrupted_N = tokens_N.copy()
+        fate = rng.random(len(chosen))
+        ordinary = np.flatnonzero(~self.special_V)
+        noise = ordinary[rng.integers(0, len(ordinary), len(chosen))]
+        corrupted_N[chosen] = np.where(
+            fate < self.mask_share,
+            self.mask_id,
+            np.where(fate < self.mask_share + self.random_share, noise, tokens_N[chosen]),
+        )
+        return {"input_N": corrupted_N, "position_N": chosen, "target_N": tokens_N[chosen]}
+
+    def _whole_words(
+        self, tokens_N: np.ndarray, maskable: np.ndarray, number: int, rng: np.random.Generator
+    ) -> np.ndarray:
+        if not len(maskable):
+            return maskable
+        starts = self.word_start_V[tokens_N[maskable]].copy()
+        starts[0] = True
+        words = np.split(maskable, np.flatnonzero(starts)[1:])
+        chosen: list[int] = []
+        for index in rng.permutation(len(words)):
+            if len(chosen) + len(words[index]) <= number:
+                chosen.extend(words[index])
+        # A first word longer than the share is masked all the same: no text goes without a loss.
+        return np.asarray(chosen or words[int(rng.integers(len(words)))], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class PairMasking:
+    """Both inputs of a pair at once."""
+
+    image: ImageMasking
+    text: TextMasking
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return {**self.image(sample, rng), **self.text(sample, rng)}
