@@ -1,0 +1,88 @@
+"""A released model: a directory with weights, recipe and tokenizer, that needs nothing else.
+
+    model.safetensors   fp32 weights under the model's own names
+    recipe.yaml         the whole recipe of the run
+    tokenizer.model
+    metadata.json       format version, step, parameter counts, EVE's version
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import eve
+from eve.config import Recipe, parse_recipe
+from eve.data.tokenizer import Tokenizer
+from eve.errors import UserError
+from eve.model import build_model
+
+WEIGHTS = "model.safetensors"
+
+
+def export_model(
+    directory: Path, weights: dict[str, Tensor], recipe: Recipe, tokenizer: Tokenizer, metadata: dict[str, Any]
+) -> None:
+    """Writes the directory under another name first: a reader finds all of it or the one before."""
+    temporary = directory.with_name(f".{directory.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / WEIGHTS)
+        (temporary / "recipe.yaml").write_text(recipe.to_yaml())
+        (temporary / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+        about = {"format": 1, "eve": eve.__version__, "parameters": sum(t.numel() for t in weights.values())}
+        (temporary / "metadata.json").write_text(json.dumps({**about, **metadata}, indent=1) + "\n")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"the model cannot be exported to {directory}: {error}") from None
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
+
+
+def load_exported(directory: str | Path) -> tuple[nn.Module, Recipe, Tokenizer]:
+    """(model on the CPU, recipe, tokenizer) of an exported directory. Raises UserError."""
+    directory = Path(directory)
+    recipe = exported_recipe(directory)
+    tokenizer = Tokenizer.load(directory / "tokenizer.model")
+    model = build_model(recipe.model, seed=recipe.seed)
+    load_weights(model, directory)
+    return model, recipe, tokenizer
+
+
+def exported_recipe(directory: Path) -> Recipe:
+    path = directory / "recipe.yaml"
+    if not path.is_file():
+        raise UserError(f"{directory} is not an exported model: it has no recipe.yaml")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is not the recipe of an exported model")
+    return parse_recipe(tree, where=str(path))
+
+
+def load_weights(model: nn.Module, directory: Path) -> None:
+    """Loads the weights of an exported directory. Raises UserError where they are of another model."""
+    path = directory / WEIGHTS
+    try:
+        weights = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{directory} is not an exported model: it has no {WEIGHTS}") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    own = model.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        found = tuple(weights[name].shape) if name in weights else "nothing"
+        expected = tuple(own[name].shape) if name in own else "nothing"
+        if found != expected:
+            raise UserError(f"{path} is of another model: {name} is {found}, expected {expected}")
+    model.load_state_dict(weights)

@@ -1,0 +1,125 @@
+"""From the sources of a stage to the forward passes of a step.
+
+Every stream of the stage that reads a source gets the same samples of it; a source is cut into
+micro-batches once, and each is packed once. The first all-reduce of a step is here too: it tells each
+rank what the whole step counts (`units`), and that some rank wants to stop or has no data.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eve.config import Recipe, Stage, Stream
+from eve.data.batch import Batch, Sample, collate
+from eve.data.loader import SourceStream
+from eve.data.tokenizer import Tokenizer
+from eve.errors import UserError
+from eve.objectives import Objective
+from eve.parallel.topology import Topology
+from eve.training.ds_config import StepPlan
+
+
+@dataclass(frozen=True)
+class StepData:
+    """One step of this rank, on the host.
+
+    Attributes:
+        passes: the forward passes in order.
+        units: of each stream, what its loss is a mean over: the sum over the passes and ranks of the step,
+            over the number of ranks. On the device.
+        flags: on the device: (ranks that want to stop, ranks without data).
+        states: the position of each source after this step, for this rank's readers.
+        seconds: time spent waiting for samples.
+    """
+
+    passes: list[tuple[Stream, Batch]]
+    units: dict[str, Tensor]
+    flags: Tensor
+    states: dict[str, Any]
+    num_samples: int
+    seconds: float
+
+
+class StepFeed:
+    """Steps of one stage; `states` are merged over ranks, as SourceStream.load_state takes them."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        plan: StepPlan,
+        tokenizer: Tokenizer,
+        objectives: Mapping[str, Objective],
+        topology: Topology,
+        states: Mapping[str, Any],
+    ) -> None:
+        self.stage, self.plan, self.objectives, self.topology = stage, plan, objectives, topology
+        self.error: UserError | None = None
+        self._sources: dict[str, Iterator[tuple[list[Sample], dict[str, Any]]]] = {}
+        for name in sorted({stream.source for stream in stage.streams}):
+            stream = SourceStream(
+                recipe.data.sources[name],
+                recipe.data,
+                seed=recipe.seed,
+                image_size=recipe.model.image_size,
+                max_text_length=recipe.model.max_text_length,
+                tokenizer=tokenizer,
+                maskings={
+                    stream.name: objectives[stream.name].masking(tokenizer)
+                    for stream in stage.streams
+                    if stream.source == name
+                },
+                rank=topology.rank,
+                num_ranks=topology.world_size,
+                num_workers=recipe.training.num_workers,
+            )
+            if name in states:
+                stream.load_state(states[name])
+            self._sources[name] = iter(stream)
+
+    def next(self, *, stop: bool) -> StepData:
+        """The next step. `stop`: this rank wants no more. All ranks call it together.
+
+        Where this rank's data fails the error is kept in `error`, and the flags tell all ranks.
+        """
+        start = time.perf_counter()
+        passes: list[tuple[Stream, Batch]] = []
+        states: dict[str, Any] = {}
+        num_samples = 0
+        try:
+            batches: dict[str, list[Batch]] = {}
+            for name, source in self._sources.items():
+                samples, states[name] = next(source)
+                num_samples += len(samples)
+                size = self.plan.micro_batch[name]
+                batches[name] = [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
+            for number in range(max(len(cut) for cut in batches.values())):
+                for stream in self.stage.streams:
+                    if number < len(batches[stream.source]):
+                        passes.append((stream, batches[stream.source][number]))
+        except UserError as error:
+            self.error = error
+        sums = {stream.name: torch.zeros(()) for stream in self.stage.streams}
+        for stream, batch in passes:
+            sums[stream.name] = sums[stream.name] + self.objectives[stream.name].units(batch)
+        seconds = time.perf_counter() - start
+
+        vector = torch.stack(
+            [*sums.values(), torch.tensor(float(stop)), torch.tensor(float(self.error is not None))]
+        ).to(self.topology.device, non_blocking=True)
+        vector = self.topology.all_reduce_sum(vector)
+        per_rank = vector / self.topology.world_size
+        units = {name: per_rank[i] for i, name in enumerate(sums)}
+        return StepData(passes, units, vector[-2:], states, num_samples, seconds)
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        for source in self._sources.values():
+            if hasattr(source, "close"):
+                source.close()

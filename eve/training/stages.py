@@ -1,0 +1,43 @@
+"""What a stage starts from: its modules, what learns in them, and where the weights come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from eve.config import Recipe, Stage
+from eve.model import build_model
+from eve.objectives import build_objective
+from eve.training.engine import EngineModule
+from eve.training.export import load_weights
+from eve.training.optimizer import freeze
+
+
+def build_stage(recipe: Recipe, stage: Stage, previous: dict[str, Tensor] | None) -> EngineModule:
+    """The model and the objectives of a stage.
+
+    Weights come from, the first that is there: 1. `init_from`, 2. the stage before (`previous`), 3. the seed.
+    """
+    model = build_model(recipe.model, seed=recipe.seed)
+    if stage.init_from is not None:
+        load_weights(model, Path(stage.init_from))
+    elif previous is not None:
+        model.load_state_dict(previous)
+    if recipe.training.activation_checkpointing:
+        model.enable_checkpointing()
+    freeze(model, stage.trainable)
+    if recipe.training.compile:
+        for block in model.blocks:
+            block.compile()
+    objectives = {stream.name: build_objective(stream, recipe.model) for stream in stage.streams}
+    return EngineModule(model, objectives)
+
+
+def stage_at(recipe: Recipe, step: int) -> tuple[int, int]:
+    """(index of the stage, step in it) after `step` steps of the run; a finished stage is still its own."""
+    for index, stage in enumerate(recipe.stages):
+        if step <= stage.steps:
+            return index, step
+        step -= stage.steps
+    raise AssertionError(f"step {step} past the end of the run")
