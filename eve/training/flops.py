@@ -1,0 +1,153 @@
+"""Floating-point operations of a step, from the recipe and the true numbers of tokens; MFU.
+
+Counted: all matrix products (a multiply and an add are two operations). Per token only the experts
+it goes to, per sample only its own tokens: what a padded or dense implementation would waste is not
+credited. Not counted: norms, activations, softmax, embeddings, the optimizer. Backward is twice
+forward, as usual (PaLM, appendix B), although pixels need no gradient.
+
+`model` operations are what the mathematics needs, and MFU is taken of them; `hardware` adds the second
+forward pass of the blocks under activation checkpointing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from eve.config import Model, Stream
+from eve.data.batch import Batch
+
+# Dense bf16 (V100, T4: fp16) tensor-core peaks in FLOP/s, from the vendors' data sheets. The first name that
+# is part of the device's name counts.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "MI300X": 1307e12,
+    "MI250X": 383e12,
+}
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Forward and backward. They add up: `sum(parts, start=StepFlops())`."""
+
+    model: int = 0
+    hardware: int = 0
+
+    def __add__(self, other: StepFlops) -> StepFlops:
+        return StepFlops(self.model + other.model, self.hardware + other.hardware)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 peak of one device in FLOP/s; None where it is not known, such as for a CPU."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+def mfu(model_flops: float, seconds: float, num_devices: int, device_name: str) -> float | None:
+    """Model FLOP utilisation: the share of the bf16 peak of all devices; None where the peak is not known."""
+    peak = peak_flops(device_name)
+    return None if peak is None else model_flops / seconds / (peak * num_devices)
+
+
+def batch_flops(model: Model, stream: Stream, batch: Batch, *, checkpointing: bool = False) -> StepFlops:
+    """Forward and backward of one stream on one (micro-)batch of this rank. Reads shapes only."""
+    masks = batch.masks[stream.name]
+    num_visible = num_masked_patches = 0
+    if batch.images_BCHW is not None:
+        num_visible = model.num_patches
+    if "visible_V" in masks:
+        num_visible, num_masked_patches = masks["visible_V"].shape[1], masks["masked_M"].shape[1]
+    parts = forward_flops(
+        model,
+        num_samples=batch.size,
+        num_visible=num_visible,
+        text_lengths=batch.text_lengths,
+        num_masked_patches=num_masked_patches,
+        num_masked_words=len(masks["target_N"]) if "target_N" in masks else 0,
+    )
+    forward = sum(parts.values())
+    again = parts["blocks"] if checkpointing else 0
+    return StepFlops(model=3 * forward, hardware=3 * forward + again)
+
+
+def forward_flops(
+    model: Model,
+    *,
+    num_samples: int,
+    num_visible: int,
+    text_lengths: Sequence[int],
+    num_masked_patches: int = 0,
+    num_masked_words: int = 0,
+) -> dict[str, int]:
+    """Operations of one forward pass: `embedding`, `blocks` (encoder), `decoder`, `word_head`.
+
+    Args:
+        num_samples: samples of the batch.
+        num_visible: patches of each sample that enter the encoder; 0 where there is no image.
+        text_lengths: text tokens of each sample, [CLS] and [SEP] included; zeros where there is no text.
+        num_masked_patches: patches of each sample that the decoder predicts; 0 runs no decoder.
+        num_masked_words: words of the whole batch that the word head predicts.
+    """
+    pixels, width = 3 * model.patch_size**2, model.width
+    num_image = 1 + num_visible if num_visible else 0
+    lengths = [num_image + text for text in text_lengths]
+    num_tokens = sum(lengths)
+    blocks = sum(
+        num_tokens * _token_flops(model, block) + _attention_flops(width, lengths)
+        for block in range(model.depth)
+    )
+    decoder = 0
+    if num_masked_patches:
+        assert model.decoder is not None
+        narrow, seen = model.decoder.width, num_samples * num_image
+        length = num_image + num_masked_patches
+        # Attention projections 4 W^2, feed-forward 2 * 4 W^2 multiply-adds per token.
+        per_block = 2 * 12 * narrow**2 * num_samples * length + _attention_flops(
+            narrow, [length] * num_samples
+        )
+        decoder = (
+            2 * seen * width * narrow
+            + model.decoder.depth * per_block
+            + 2 * num_samples * num_masked_patches * narrow * pixels
+        )
+    return {
+        "embedding": 2 * num_samples * num_visible * pixels * width,
+        "blocks": blocks,
+        "decoder": decoder,
+        "word_head": 2 * num_masked_words * (width * width + width * model.vocab_size),
+    }
+
+
+def _token_flops(model: Model, block: int) -> int:
+    """Linear layers of one token in one block: query, key, value, projection, its experts, the gate."""
+    feed_forward = model.feed_forward_of(block)
+    attention = 4 * model.width**2
+    expert = 2 * model.width * model.hidden
+    if feed_forward.router != "topk":
+        return 2 * (attention + expert)
+    gate = model.width * feed_forward.num_experts
+    return 2 * (attention + feed_forward.k * expert + gate)
+
+
+def _attention_flops(width: int, lengths: Sequence[int]) -> int:
+    """Logits and weighted sum: two products of L x L x width a sample."""
+    return sum(4 * length * length * width for length in lengths)

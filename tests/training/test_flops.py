@@ -1,0 +1,165 @@
+"""The formulas against PyTorch's own counter on small real models."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from eve.config import Model, Stream
+from eve.data.batch import Batch, Sample, collate
+from eve.model import build_model
+from eve.objectives import build_objective
+from eve.objectives.masking import ImageMasking, TextMasking
+from eve.training.flops import StepFlops, batch_flops, forward_flops, mfu, peak_flops
+
+
+def config(**changes) -> Model:
+    return Model.model_validate(
+        {
+            "image_size": 32,
+            "patch_size": 8,
+            "width": 24,
+            "depth": 3,
+            "heads": 3,
+            "hidden": 40,
+            "vocab_size": 50,
+            "max_text_length": 12,
+            "text_positions": 12,
+            "drop_path": 0.0,
+            "text_dropout": 0.0,
+            "feed_forward": [
+                {"blocks": [0], "router": "shared"},
+                {"blocks": [1], "router": "modality"},
+                {"blocks": [2], "router": "topk", "num_experts": 5, "k": 2, "modality_vector": "none"},
+            ],
+            "decoder": {"depth": 2, "width": 16, "heads": 2},
+            **changes,
+        }
+    )
+
+
+def grouped_mm_flop(a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
+    """(N, I) x (E, I, O) -> (N, O): each row meets one expert; (I, N) x (N, O) -> (E, I, O) likewise."""
+    return 2 * math.prod(a_shape) * b_shape[-1]
+
+
+def counted(run) -> int:
+    """What torch counts, attention written out as matrix products."""
+    mapping = {torch.ops.aten._grouped_mm: grouped_mm_flop}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def batch_of(stream: Stream, lengths: list[int]) -> Batch:
+    """Random pairs with texts of these lengths, and the stream's masks."""
+    rng = np.random.default_rng(0)
+    special_V = np.arange(50) < 5
+    image = ImageMasking(4, stream.image_ratio, "random")
+    text = TextMasking(stream.text_ratio, "token", 0.8, 0.1, 3, special_V, ~special_V)
+    samples = []
+    for index, length in enumerate(lengths):
+        pixels = rng.integers(0, 256, (3, 32, 32), dtype=np.uint8)
+        tokens = rng.integers(5, 50, length)
+        sample = Sample(str(index), 0, index, index, image_CHW=pixels, tokens_N=tokens)
+        sample.masks[stream.name] = {**image(sample, rng), **text(sample, rng)}
+        if stream.objective == "masked_image":
+            sample.masks[stream.name] = image(sample, rng)
+        if stream.objective == "masked_text":
+            sample.masks[stream.name] = text(sample, rng)
+        samples.append(sample)
+    return collate(samples)
+
+
+@pytest.mark.parametrize("objective", ["masked_image", "masked_text", "masked_pair"])
+def test_forward_and_backward_agree_with_the_counter(objective):
+    """Equal lengths, so that the padded attention of a CPU wastes nothing. The counter has no gradient
+    of the pixels: the difference is one pass over the patch embedding, exactly."""
+    model_config = config()
+    stream = Stream(name="s", source="pairs", objective=objective)
+    objective_ = build_objective(stream, model_config)
+    batch = batch_of(stream, [7, 7, 7])
+    model = build_model(model_config, seed=0)
+    units = objective_.units(batch)
+    total = counted(lambda: objective_(model, batch, units, 1.0).loss.backward())
+    visible = 16 if objective == "masked_text" else 4
+    embedding = forward_flops(model_config, num_samples=3, num_visible=visible, text_lengths=[7] * 3)[
+        "embedding"
+    ]
+    assert batch_flops(model_config, stream, batch).model == total + embedding
+
+
+def test_true_lengths_count_not_padded_ones():
+    """A batch costs what its samples cost one by one."""
+    model_config = config()
+    stream = Stream(name="s", source="pairs", objective="masked_text")
+    model = build_model(model_config, seed=0)
+    objective = build_objective(stream, model_config)
+    batch = batch_of(stream, [3, 12, 5, 8])
+    singles = [collate([sample]) for sample in batch.samples]
+    alone = sum(counted(lambda single=single: objective.predict(model, single)) for single in singles)
+    assert batch_flops(model_config, stream, batch).model == 3 * alone
+    assert counted(lambda: objective.predict(model, batch)) > alone
+
+
+def test_the_number_of_experts_costs_only_its_gate():
+    def blocks(num_experts: int) -> int:
+        bank = {"blocks": [0, 1, 2], "router": "topk", "num_experts": num_experts, "k": 2}
+        lengths = {"num_samples": 2, "num_visible": 16, "text_lengths": [5, 6]}
+        return forward_flops(config(feed_forward=[bank]), **lengths)["blocks"]
+
+    assert blocks(64) - blocks(4) == 3 * 2 * 24 * 60 * (2 * 17 + 11)
+
+
+@pytest.mark.parametrize(("num_visible", "text_lengths"), [(16, [0, 0]), (0, [4, 9])])
+def test_images_alone_and_texts_alone(num_visible, text_lengths):
+    model_config = config()
+    model = build_model(model_config, seed=0)
+    parts = forward_flops(model_config, num_samples=2, num_visible=num_visible, text_lengths=text_lengths)
+
+    def encode_each():
+        for length in text_lengths:
+            if num_visible:
+                model.encode(images_BCHW=torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+            else:
+                model.encode(tokens_N=torch.full((length,), 7), text_lengths=[length])
+
+    assert sum(parts.values()) == counted(encode_each)
+
+
+def test_checkpointing_adds_one_pass_of_the_blocks():
+    model_config = config()
+    stream = Stream(name="s", source="pairs", objective="masked_image")
+    batch = batch_of(stream, [7, 7])
+    plain = batch_flops(model_config, stream, batch)
+    again = batch_flops(model_config, stream, batch, checkpointing=True)
+    blocks = forward_flops(model_config, num_samples=2, num_visible=4, text_lengths=[7, 7])["blocks"]
+    assert plain.hardware == plain.model == again.model
+    assert again.hardware - again.model == blocks
+    assert StepFlops(1, 2) + StepFlops(3, 4) == StepFlops(4, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("cpu", None),
+    ],
+)
+def test_peak_by_device_name(name, peak):
+    assert peak_flops(name) == peak
+
+
+def test_mfu_is_the_share_of_all_devices():
+    assert mfu(989e12, 2.0, 4, "NVIDIA H200") == 0.125
+    assert mfu(1e12, 1.0, 1, "cpu") is None
