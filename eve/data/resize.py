@@ -1,0 +1,75 @@
+"""Checks an image's bytes by decoding them, and makes it smaller on request.
+
+Shape suffixes: H height, W width.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_EXTENSIONS = {
+    **{"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"},
+    **{"GIF": "gif", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm"},
+}
+
+
+class BadImage(Exception):
+    """Bytes that are no image which can be read; the message is the reason."""
+
+
+def prepare_image(image_bytes: bytes, resize: int | None, quality: int) -> tuple[bytes, str]:
+    """(bytes, extension) to store. Raises BadImage where the image cannot be decoded in full.
+
+    `resize` is the short side in pixels: a larger image becomes an RGB JPEG of it (see `to_rgb`), a smaller
+    one stays byte for byte, as all do with None. A format that shards do not hold (AVIF) becomes JPEG too.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Large but honest pictures; Pillow itself refuses twice the size at which it warns.
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(image_bytes))
+            shrink = resize is not None and min(image.size) > resize
+            extension = _EXTENSIONS.get(image.format or "")
+            if not shrink and extension is not None:
+                # All bits of a JPEG are read at an eighth as well, so a cut file is found, but cheaply.
+                image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
+                image.load()
+                return image_bytes, extension
+            if resize is not None and shrink:
+                short = min(image.size)
+                width, height = (max(1, round(side * resize / short)) for side in image.size)
+                # At least twice the size wanted, so that the resampling has something to work on.
+                image.draft(None, (2 * width, 2 * height))
+                image = to_rgb(image)
+                short = min(image.size)
+                size_WH = tuple(max(1, round(side * resize / short)) for side in image.size)
+                image = image.resize(size_WH, Image.Resampling.BICUBIC, reducing_gap=3.0)
+            else:
+                image = to_rgb(image)
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=quality, optimize=True)
+            return buffer.getvalue(), "jpg"
+    # Broken bytes raise whatever the decoder trips over: OSError, ValueError, SyntaxError, struct.error, ...
+    except Exception as error:
+        raise BadImage(f"{type(error).__name__}: {error}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of the first frame: upright, palettes resolved, transparent parts white, 16 bits scaled to 8.
+
+    Raises ValueError for floating-point pixels, whose range is unknown.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        levels_HW = np.asarray(image).astype(np.int64) >> 8
+        image = Image.fromarray(levels_HW.clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("pixels are floating-point numbers of unknown range")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
