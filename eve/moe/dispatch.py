@@ -90,7 +90,7 @@ class _Combine(torch.autograd.Function):
         grad_ND = grad_TD.index_select(0, row_token_N) * weight_N[:-1, None].to(grad_TD.dtype)
         grad_weight_TK = torch.stack(
             [
-                (grad_TD * _rows(y_ND, token_row_TK[:, choice])).sum(-1, dtype=torch.float32)
+                (grad_TD * _rows(y_ND, token_row_TK[:, choice])).sum(-1, dtype=weight_TK.dtype)
                 for choice in range(token_row_TK.shape[1])
             ],
             dim=1,

@@ -1,0 +1,228 @@
+"""Routers, dispatchers and experts against token-by-token Python and plain autograd."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from eve.config import FeedForward
+from eve.moe import losses
+from eve.moe.dispatch import LocalDispatcher, ReferenceDispatcher
+from eve.moe.experts import ExpertBank, quick_gelu
+from eve.moe.layer import RoutedFeedForward
+from eve.moe.plan import RoutingPlan
+from eve.moe.routers import plan_rows
+from eve.packing import TokenLayout
+
+
+def slots_by_hand(choices, num_experts, capacity):
+    """GShard: first choices of all tokens in order, then second ones; a full expert refuses."""
+    taken = [[] for _ in range(num_experts)]
+    kept = {}
+    for k in range(len(choices[0]) if choices else 0):
+        for t, experts in enumerate(choices):
+            e = experts[k]
+            if capacity is None or len(taken[e]) < capacity:
+                kept[t, k] = (e, len(taken[e]))
+                taken[e].append(t)
+    return taken, kept
+
+
+@pytest.mark.parametrize("capacity", [None, 1, 3])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "k", "skew"),
+    [(0, 3, 2, None), (1, 1, 1, None), (17, 5, 2, None), (17, 4, 4, None), (9, 4, 1, 2), (33, 64, 2, None)],
+)
+def test_rows_of_the_plan(num_tokens, num_experts, k, skew, capacity):
+    scores = torch.rand(num_tokens, num_experts, generator=torch.Generator().manual_seed(0))
+    if skew is not None:
+        scores[:, skew] += 2  # all tokens to one expert
+    expert_TK = scores.topk(k, dim=-1).indices
+    plan = plan_rows(expert_TK, num_experts, capacity)
+    taken, kept = slots_by_hand(expert_TK.tolist(), num_experts, capacity)
+    ends = plan.offsets_E.tolist()
+    starts = [0, *ends[:-1]]
+    assert plan.row_token_N.shape == (num_tokens * k,)
+    for e in range(num_experts):
+        assert plan.row_token_N[starts[e] : ends[e]].tolist() == taken[e]
+    for t in range(num_tokens):
+        for choice in range(k):
+            row = int(plan.token_row_TK[t, choice])
+            expected = kept.get((t, choice))
+            assert row == (-1 if expected is None else starts[expected[0]] + expected[1])
+
+
+@pytest.mark.parametrize("capacity", [None, 2])
+def test_local_dispatcher_equals_reference_with_gradients(capacity):
+    generator = torch.Generator().manual_seed(1)
+    expert_TK = torch.rand(13, 4, generator=generator).topk(2).indices
+    plan = plan_rows(expert_TK, 4, capacity)
+    results = []
+    for dispatcher in (ReferenceDispatcher(), LocalDispatcher()):
+        generator.manual_seed(2)
+        x = torch.randn(13, 7, generator=generator, dtype=torch.float64, requires_grad=True)
+        weight = torch.rand(13, 2, generator=generator, dtype=torch.float64)
+        weight = (weight * (plan.token_row_TK >= 0)).requires_grad_()
+        weighted = RoutingPlan(plan.offsets_E, plan.row_token_N, plan.token_row_TK, weight)
+        rows = dispatcher.dispatch(x, weighted)
+        expert = torch.bucketize(torch.arange(26), plan.offsets_E, right=True)
+        out = dispatcher.combine(rows.sin() * (expert[:, None] + 1), weighted)
+        (out * torch.randn(13, 7, generator=generator, dtype=torch.float64)).sum().backward()
+        kept_grad = weight.grad * (plan.token_row_TK >= 0)
+        results.append((out.detach(), x.grad, kept_grad))
+    for reference, local in zip(*results, strict=True):
+        torch.testing.assert_close(local, reference, atol=1e-12, rtol=1e-12)
+
+
+def test_rows_that_no_expert_computed_do_not_leak():
+    plan = plan_rows(torch.zeros(4, 1, dtype=torch.int64), 2, capacity=1)
+    plan = RoutingPlan(plan.offsets_E, plan.row_token_N, plan.token_row_TK, torch.ones(4, 1))
+    y = torch.full((4, 3), float("nan"))
+    y[0] = 1.0
+    for dispatcher in (ReferenceDispatcher(), LocalDispatcher()):
+        assert dispatcher.combine(y, plan).tolist() == [[1.0] * 3] + [[0.0] * 3] * 3
+
+
+@pytest.mark.parametrize("ends", [[3, 3, 10], [0, 0, 10], [10, 10, 10], [2, 5, 7]])
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_bank_equals_a_loop_over_experts_with_gradients(ends, activation):
+    torch.manual_seed(0)
+    bank = ExpertBank(3, 8, 16, activation)
+    for parameter in bank.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(10, 8, requires_grad=True)
+    upstream = torch.randn(10, 8)
+
+    def plain(h):
+        return F.gelu(h) if activation == "gelu" else h * torch.sigmoid(1.702 * h)
+
+    expected = torch.cat(
+        [
+            plain(x[a:b] @ bank.w1_EDF[e] + bank.b1_EF[e]) @ bank.w2_EFD[e] + bank.b2_ED[e]
+            for e, (a, b) in enumerate(zip([0, *ends], ends, strict=False))
+        ]
+    )
+    used = ends[-1]
+    inputs = [x, *bank.parameters()]
+    expected_grads = torch.autograd.grad((expected * upstream[:used]).sum(), inputs)
+    got = bank(x, torch.tensor(ends, dtype=torch.int32))[:used]
+    grads = torch.autograd.grad((got * upstream[:used]).sum(), inputs)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(grads[0][:used], expected_grads[0][:used], atol=1e-4, rtol=1e-5)
+    for grad, reference in zip(grads[1:], expected_grads[1:], strict=True):
+        torch.testing.assert_close(grad, reference, atol=1e-4, rtol=1e-5)
+
+
+def test_quick_gelu_gradient():
+    x = torch.randn(20, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(quick_gelu, (x,))
+
+
+def layer(dispatcher=None, **settings):
+    config = FeedForward(blocks=(0,), router="topk", **settings)
+    feed_forward = RoutedFeedForward(
+        8,
+        12,
+        config,
+        layer=0,
+        activation="gelu",
+        experts=ExpertBank,
+        dispatcher=dispatcher or LocalDispatcher(),
+        mean_over_ranks=lambda x: x,
+    )
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in feed_forward.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return feed_forward
+
+
+def layer_by_hand(feed_forward, x, layout):
+    """Token by token: the gate, its k best experts, capacity, weights, sum."""
+    config, router, bank = feed_forward.config, feed_forward.router, feed_forward.experts
+    shift = router.modality_vector
+    seen = x if shift is None else x + shift[layout.modality_T]
+    probabilities = torch.softmax(seen @ router.weight.t(), dim=-1)
+    best = probabilities.topk(config.k, dim=-1)
+    factor = config.capacity_factor
+    capacity = None
+    if factor:
+        capacity = max(config.min_capacity, math.ceil(factor * config.k * len(x) / config.num_experts))
+    _, kept = slots_by_hand(best.indices.tolist(), config.num_experts, capacity)
+    out, dropped = [], 0
+    for t in range(len(x)):
+        weights = [float(best.values[t, k]) * ((t, k) in kept) for k in range(config.k)]
+        dropped += sum((t, k) not in kept for k in range(config.k))
+        total = max(sum(weights), 1e-30) if config.renormalise else 1.0
+        token = seen[t] if config.modality_vector == "dispatch" else x[t]
+        y = torch.zeros(8)
+        for k, weight in enumerate(weights):
+            e = int(best.indices[t, k])
+            h = F.gelu(token @ bank.w1_EDF[e] + bank.b1_EF[e])
+            y = y + weight / total * (h @ bank.w2_EFD[e] + bank.b2_ED[e])
+        out.append(y)
+    return torch.stack(out), probabilities, best.indices, dropped
+
+
+@pytest.mark.parametrize("modality_vector", ["none", "gate", "dispatch"])
+@pytest.mark.parametrize("capacity_factor", [0.0, 0.5])
+@pytest.mark.parametrize(("k", "renormalise"), [(1, False), (2, True)])
+@pytest.mark.parametrize("dispatcher", [LocalDispatcher(), ReferenceDispatcher()])
+def test_routed_layer_equals_token_by_token(modality_vector, capacity_factor, k, renormalise, dispatcher):
+    feed_forward = layer(
+        dispatcher,
+        num_experts=3,
+        k=k,
+        modality_vector=modality_vector,
+        capacity_factor=capacity_factor,
+        renormalise=renormalise,
+        min_capacity=2,
+        z_loss_weight=0.1,
+    )
+    layout = TokenLayout.build([4, 4], [3, 6])
+    x = torch.randn(17, 8, generator=torch.Generator().manual_seed(6))
+    y, output = feed_forward(x, layout)
+    expected, probabilities, indices, dropped = layer_by_hand(feed_forward, x, layout)
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-5)
+    assert int(output.stats.dropped_M.sum()) == dropped
+    assert (dropped > 0) == (capacity_factor > 0)
+    fractions = torch.bincount(indices[:, 0], minlength=3) / 17
+    balance = 3 * (fractions * probabilities.mean(0)).sum()
+    torch.testing.assert_close(output.stats.load_balance, balance)
+    for m in (0, 1):
+        counts = torch.bincount(indices[layout.modality_T == m].flatten(), minlength=3)
+        assert output.stats.counts_ME[m].tolist() == counts.tolist()
+    entropy = -(probabilities * probabilities.log()).sum()
+    torch.testing.assert_close(output.stats.entropy, entropy, atol=1e-4, rtol=1e-5)
+    expected_aux = 0.001 * balance + 0.1 * output.stats.z_loss
+    torch.testing.assert_close(output.aux_loss, expected_aux)
+
+
+def test_load_balance_over_ranks_equals_one_rank():
+    """Each rank holds half of the tokens and sees the mean counts: the mean of their losses, and of
+    their gradients, is that of one rank with all."""
+    feed_forward = layer(num_experts=4, k=2)
+    x = torch.randn(20, 8, generator=torch.Generator().manual_seed(7))
+    whole = feed_forward(x, TokenLayout.build([20], [0]))[1].stats.load_balance
+    counts = []
+    feed_forward.router.mean_over_ranks = lambda c: counts.append(c) or c
+    for half in x.split(10):
+        feed_forward(half, TokenLayout.build([10], [0]))
+    mean = torch.stack(counts).mean(0)
+    feed_forward.router.mean_over_ranks = lambda c: mean
+    halves = [feed_forward(half, TokenLayout.build([10], [0]))[1].stats.load_balance for half in x.split(10)]
+    torch.testing.assert_close(torch.stack(halves).mean(), whole)
+
+
+def test_load_balance_is_one_where_balanced_and_e_where_collapsed():
+    even = torch.full((4,), 5.0)
+    assert losses.load_balance(even, even, even.sum()) == pytest.approx(1.0)
+    one = torch.tensor([20.0, 0, 0, 0])
+    assert losses.load_balance(one, one, one.sum()) == pytest.approx(4.0)
+
+
+def test_z_loss_against_its_formula():
+    logits = torch.randn(6, 3)
+    expected = sum(math.log(sum(math.exp(z) for z in row)) ** 2 for row in logits.tolist()) / 6
+    assert losses.z_loss(logits).item() == pytest.approx(expected, rel=1e-5)
