@@ -24,10 +24,11 @@ _LINE = 17
 
 @dataclass(frozen=True)
 class Line:
-    """A line of text: `title`, then words of one colour each. It is wrapped to the width of its cell."""
+    """`title`, then pieces of text of one colour each; a space before a piece is its own. Wrapped to the
+    width of its cell."""
 
     title: str
-    words: Sequence[tuple[str, Colour]]
+    pieces: Sequence[tuple[str, Colour]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def draw_sheet(cells: Sequence[Cell], *, footnote: str = "", columns: int = 2) -
     rows = [drawn[start : start + columns] for start in range(0, len(drawn), columns)]
     heights = [max(cell.height for cell in row) for row in rows]
     total_width = min(columns, len(drawn)) * (width + 3 * _GAP)
-    note = _wrap([(word, GREY) for word in footnote.split()], total_width - 2 * _GAP, font)
+    note = _wrap([(" " + word, GREY) for word in footnote.split()], total_width - 2 * _GAP, font)
     total_height = sum(heights) + _GAP * (len(rows) + 1) + _LINE * len(note)
     sheet = Image.new("RGB", (total_width, total_height), "white")
     top = _GAP
@@ -70,7 +71,7 @@ def _pictures_width(cell: Cell) -> int:
 
 
 def _draw_cell(cell: Cell, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
-    wrapped = [_wrap([(line.title, GREY), *line.words], width, font) for line in cell.lines]
+    wrapped = [_wrap([(line.title, GREY), *line.pieces], width, font) for line in cell.lines]
     picture_height = max((p.shape[0] * _scale(p) + _LINE + _GAP for _, p in cell.pictures), default=0)
     height = picture_height + _LINE * sum(len(lines) for lines in wrapped)
     canvas = Image.new("RGB", (width, height), "white")
@@ -90,18 +91,17 @@ def _draw_cell(cell: Cell, width: int, font: ImageFont.FreeTypeFont | ImageFont.
 
 
 def _wrap(
-    words: Sequence[tuple[str, Colour]], width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+    pieces: Sequence[tuple[str, Colour]], width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 ) -> list[list[tuple[str, Colour]]]:
-    """Words into lines no wider than `width` pixels; a longer word has a line of its own."""
+    """Pieces into lines no wider than `width` pixels; a wider piece has a line of its own."""
     lines: list[list[tuple[str, Colour]]] = []
     used = 0.0
-    for word, colour in words:
-        length = font.getlength(word + " ")
-        if not lines or used + length > width:
+    for text, colour in pieces:
+        if not lines or used + font.getlength(text) > width:
             lines.append([])
-            used = 0.0
-        lines[-1].append((word, colour))
-        used += length
+            used, text = 0.0, text.lstrip()
+        lines[-1].append((text, colour))
+        used += font.getlength(text)
     return lines
 
 
@@ -115,8 +115,8 @@ def _write(
     """Draws the lines and returns where the next one begins."""
     for line in lines:
         offset = float(left)
-        for word, colour in line:
-            draw.text((offset, top), word, fill=colour, font=font)
-            offset += font.getlength(word + " ")
+        for text, colour in line:
+            draw.text((offset, top), text, fill=colour, font=font)
+            offset += font.getlength(text)
         top += _LINE
     return top
