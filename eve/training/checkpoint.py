@@ -8,8 +8,8 @@
         complete.json      the list of all files with their sizes; written last
       writing-00002000/    under way, or left over from a crash
 
-A checkpoint is written under another name, brought to the disk, and gets its name by one rename. Older ones go
-only after that. Ranks share the file system, as for any DeepSpeed checkpoint.
+A checkpoint is written under another name, brought to the disk, and gets its name by one rename. Older
+ones go only after that. Ranks share the file system, as for any DeepSpeed checkpoint.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ def _user_error(action: Callable[[], None], leftover: Path | None) -> UserError 
         where = leftover.parent if leftover else "the run directory"
         if leftover:
             shutil.rmtree(leftover, ignore_errors=True)
-        return UserError(f"the checkpoint cannot be written to {where}: {reason}; the last complete one is kept")
+        return UserError(
+            f"the checkpoint cannot be written to {where}: {reason}; the last complete one is kept"
+        )
     return None
 
 

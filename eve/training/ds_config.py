@@ -74,18 +74,20 @@ def check_deepspeed_version() -> None:
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
     if not (0, 19, 8) <= numbers < (0, 20):
         raise UserError(
-            f"deepspeed {version} is installed, expected >=0.19.8,<0.20: older ones reduce ZeRO gradients wrongly"
+            f"deepspeed {version} is installed, expected >=0.19.8,<0.20: older ones get ZeRO gradients wrong"
         )
 
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
-    """The JSON as it is written. Raises UserError where unreadable, or with a key that is not the engine's."""
+    """The JSON as it is written. Raises UserError where unreadable or with a key not the engine's."""
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         known = ", ".join(sorted(str(p.name) for p in DS_CONFIGS.glob("*.json")))
         reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise UserError(f"the DeepSpeed config {path} cannot be read: {reason} (ds_configs/ has {known})") from None
+        raise UserError(
+            f"the DeepSpeed config {path} cannot be read: {reason} (ds_configs/ has {known})"
+        ) from None
     try:
         tree = json.loads(text)
     except json.JSONDecodeError as error:
@@ -97,7 +99,9 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
             raise UserError(f"{path} has the key {key}; that belongs to the recipe ({RECIPE_KEYS[key]})")
         if key not in ENGINE_KEYS:
             near = difflib.get_close_matches(key, ENGINE_KEYS, n=1)
-            raise UserError(f"{path} has the unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise UserError(
+                f"{path} has the unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
+            )
     return tree
 
 
@@ -116,8 +120,8 @@ def plan_step(tree: dict[str, Any], recipe: Recipe, stage: Stage, world_size: in
     wanted = recipe.training.micro_batch_size
     if written != "auto" and wanted is not None and written != wanted:
         raise UserError(
-            f"{where} says train_micro_batch_size_per_gpu {written}, the recipe training.micro_batch_size {wanted}; "
-            'make one of them "auto" or null'
+            f"{where} says train_micro_batch_size_per_gpu {written}, the recipe "
+            f'training.micro_batch_size {wanted}; make one of them "auto" or null'
         )
     micro_batch = wanted if written == "auto" else written
     if recipe.data.num_readers % world_size:
@@ -155,7 +159,7 @@ def resolve_ds_config(
         raise UserError(f"{where} enables both bf16 and fp16, expected at most one")
     if enabled and stage_number == 0:
         raise UserError(
-            f"{where} says {enabled[0]} with zero_optimization.stage 0, which keeps no fp32 weights; use stage 1"
+            f"{where} says {enabled[0]} with zero_optimization.stage 0, which has no fp32 weights; use stage 1"
         )
     if enabled == ["fp16"] and not cuda:
         raise UserError(f"{where} enables fp16, which needs a CUDA device; use ds_configs/fp32.json on a CPU")
@@ -176,5 +180,7 @@ def resolve_ds_config(
     for key, value in decided.items():
         written = tree.get(key, "auto")
         if written != "auto" and written != value:
-            raise UserError(f"{where} says {key} {written}, the recipe and {world_size} processes make it {value}")
+            raise UserError(
+                f"{where} says {key} {written}, the recipe and {world_size} processes make it {value}"
+            )
     return {**tree, **decided}, plan

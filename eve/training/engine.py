@@ -2,13 +2,13 @@
 
 A step is several forward and backward passes (micro-batches x streams) and one update:
 
-    loss, output = engine.forward(stream, batch, units)
+    loss, output = engine.forward(stream, batch, units, aux_weight)
     engine.backward(loss * weight, last=...)     # ... for each pass
     engine.step(learning_rate)
 
-With ZeRO stage 0 and 1 gradients are reduced over the ranks once, with the last backward; stages 2 and
-3 reduce them with each, as they keep no whole gradient. The loss of a pass is already divided by what the whole
-step counts, so DeepSpeed's own division by `gradient_accumulation_steps` is switched off.
+With ZeRO stage 0 and 1 gradients are reduced over the ranks once, with the last backward; stages 2
+and 3 reduce them with each, as they keep no whole gradient. The loss of a pass is already divided by
+what the whole step counts, so DeepSpeed's own division by `gradient_accumulation_steps` is switched off.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +33,10 @@ from eve.training.optimizer import build_optimizer
 class EngineModule(PretrainModule):
     """DeepSpeed hooks into the backward of tensors it finds in a tuple, and finds none in a dataclass."""
 
-    def forward(self, stream: str, batch: Batch, units: Tensor) -> tuple[Tensor, ObjectiveOutput]:
-        output = super().forward(stream, batch, units)
+    def forward(
+        self, stream: str, batch: Batch, units: Tensor, aux_weight: float = 1.0
+    ) -> tuple[Tensor, ObjectiveOutput]:
+        output = super().forward(stream, batch, units, aux_weight)
         return output.loss, output
 
 
@@ -61,8 +61,11 @@ class Engine:
         )
         module.train()
 
-    def forward(self, stream: str, batch: Batch, units: Tensor) -> tuple[Tensor, ObjectiveOutput]:
-        return self._engine(stream, batch, units)
+    def forward(
+        self, stream: str, batch: Batch, units: Tensor, aux_weight: float
+    ) -> tuple[Tensor, ObjectiveOutput]:
+        """See PretrainModule.forward."""
+        return self._engine(stream, batch, units, aux_weight)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -91,35 +94,15 @@ class Engine:
     def load(self, directory: Path, tag: str) -> None:
         self._engine.load_checkpoint(str(directory), tag=tag)
 
-    @contextmanager
-    def evaluating(self) -> Iterator[EngineModule]:
-        """The module in evaluation mode, without gradients."""
-        self.module.eval()
-        try:
-            with torch.no_grad():
-                yield self.module
-        finally:
-            self.module.train()
-
     def weights(self) -> dict[str, Tensor]:
         """The model's weights in fp32 on the CPU, by the model's own names. All ranks call it."""
-        if self.zero_stage == 0:
-            parameters = {name: p.detach() for name, p in self.module.model.named_parameters()}
-        else:
-            full = _import_deepspeed().utils.safe_get_full_fp32_param
-            parameters = {
-                name: full(p) if p.requires_grad else p.detach()
-                for name, p in self.module.model.named_parameters()
-            }
-        buffers = {
-            name: buffer
-            for name, buffer in self.module.model.named_buffers()
-            if name in self.module.model.state_dict().keys()
-        }
-        return {
-            name: tensor.to("cpu", torch.float32 if tensor.is_floating_point() else None, copy=True)
-            for name, tensor in {**parameters, **buffers}.items()
-        }
+        full = _import_deepspeed().utils.safe_get_full_fp32_param
+        weights = {}
+        for name, tensor in self.module.model.state_dict(keep_vars=True).items():
+            sharded = self.zero_stage > 0 and tensor.requires_grad
+            whole = full(tensor) if sharded else tensor.detach()
+            weights[name] = whole.to("cpu", torch.float32 if whole.is_floating_point() else None, copy=True)
+        return weights
 
     def close(self) -> None:
         self._engine.destroy()

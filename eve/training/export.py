@@ -1,9 +1,9 @@
 """A released model: a directory with weights, recipe and tokenizer, that needs nothing else.
 
-    model.safetensors   fp32 weights under the model's own names
-    recipe.yaml         the whole recipe of the run
-    tokenizer.model
-    metadata.json       format version, step, parameter counts, EVE's version
+model.safetensors   fp32 weights under the model's own names
+recipe.yaml         the whole recipe of the run
+tokenizer.model
+metadata.json       format version, step, parameter counts, EVE's version
 """
 
 from __future__ import annotations
@@ -13,22 +13,28 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import eve
-from eve.config import Recipe, parse_recipe
+from eve.config import Model, Recipe, parse_recipe
 from eve.data.tokenizer import Tokenizer
 from eve.errors import UserError
-from eve.model import build_model
+from eve.model import VisionLanguageModel, build_model
+from eve.model.layers import Layers
 
 WEIGHTS = "model.safetensors"
 
 
 def export_model(
-    directory: Path, weights: dict[str, Tensor], recipe: Recipe, tokenizer: Tokenizer, metadata: dict[str, Any]
+    directory: Path,
+    weights: dict[str, Tensor],
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    metadata: dict[str, Any],
 ) -> None:
     """Writes the directory under another name first: a reader finds all of it or the one before."""
     temporary = directory.with_name(f".{directory.name}.writing")
@@ -72,17 +78,29 @@ def exported_recipe(directory: Path) -> Recipe:
 
 def load_weights(model: nn.Module, directory: Path) -> None:
     """Loads the weights of an exported directory. Raises UserError where they are of another model."""
+    check_shapes(directory, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    model.load_state_dict(load_file(directory / WEIGHTS))
+
+
+def check_weights(directory: Path, config: Model) -> None:
+    """Raises UserError where the directory does not hold the weights of such a model. Allocates nothing."""
+    with torch.device("meta"):
+        model = VisionLanguageModel(config, Layers())
+    check_shapes(directory, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+
+
+def check_shapes(directory: Path, expected: dict[str, tuple[int, ...]]) -> None:
     path = directory / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{directory} is not an exported model: it has no {WEIGHTS}")
     try:
-        weights = load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{directory} is not an exported model: it has no {WEIGHTS}") from None
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    own = model.state_dict()
-    for name in sorted(own.keys() | weights.keys()):
-        found = tuple(weights[name].shape) if name in weights else "nothing"
-        expected = tuple(own[name].shape) if name in own else "nothing"
-        if found != expected:
-            raise UserError(f"{path} is of another model: {name} is {found}, expected {expected}")
-    model.load_state_dict(weights)
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            raise UserError(
+                f"{path} is of another model: {name} is {found.get(name, 'missing')}, "
+                f"expected {expected.get(name, 'no such weight')}"
+            )

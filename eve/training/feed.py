@@ -105,21 +105,34 @@ class StepFeed:
                         passes.append((stream, batches[stream.source][number]))
         except UserError as error:
             self.error = error
-        sums = {stream.name: torch.zeros(()) for stream in self.stage.streams}
+        sums: dict[str, Tensor] = {}
         for stream, batch in passes:
-            sums[stream.name] = sums[stream.name] + self.objectives[stream.name].units(batch)
+            units = self.objectives[stream.name].units(batch)
+            sums[stream.name] = sums[stream.name] + units if stream.name in sums else units
         seconds = time.perf_counter() - start
+        return StepData(passes, *self._agree(sums, stop), states, num_samples, seconds)
 
-        vector = torch.stack(
-            [*sums.values(), torch.tensor(float(stop)), torch.tensor(float(self.error is not None))]
-        ).to(self.topology.device, non_blocking=True)
-        vector = self.topology.all_reduce_sum(vector)
-        per_rank = vector / self.topology.world_size
-        units = {name: per_rank[i] for i, name in enumerate(sums)}
-        return StepData(passes, units, vector[-2:], states, num_samples, seconds)
+    def _agree(self, sums: dict[str, Tensor], stop: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """One small all-reduce for all that ranks have to agree on; (units, flags) of StepData."""
+        flags = torch.tensor([float(stop), float(self.error is not None)])
+        sizes = {stream.name: _num_units(stream) for stream in self.stage.streams}
+        parts = [sums.get(name, torch.zeros(size)).reshape(-1) for name, size in sizes.items()]
+        vector = torch.cat([*parts, flags]).to(self.topology.device, non_blocking=True)
+        *parts, flags = self.topology.all_reduce_sum(vector).split([*sizes.values(), len(flags)])
+        per_rank = [part / self.topology.world_size for part in parts]
+        units = {
+            name: part if size > 1 else part[0]
+            for (name, size), part in zip(sizes.items(), per_rank, strict=True)
+        }
+        return units, flags
 
     def close(self) -> None:
         """Ends the worker processes."""
         for source in self._sources.values():
             if hasattr(source, "close"):
                 source.close()
+
+
+def _num_units(stream: Stream) -> int:
+    """Parts of the stream's loss: a masked pair counts patches and words."""
+    return 2 if stream.objective == "masked_pair" else 1

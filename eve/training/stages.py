@@ -28,8 +28,7 @@ def build_stage(recipe: Recipe, stage: Stage, previous: dict[str, Tensor] | None
         model.enable_checkpointing()
     freeze(model, stage.trainable)
     if recipe.training.compile:
-        for block in model.blocks:
-            block.compile()
+        model.compile_blocks()
     objectives = {stream.name: build_objective(stream, recipe.model) for stream in stage.streams}
     return EngineModule(model, objectives)
 

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eve.moe.plan import RouterStats
+from eve.objectives import ObjectiveOutput
 from eve.parallel.topology import Topology
+
+ROUTER_FIELDS = ("counts_ME", "dropped_M", "tokens_M", "entropy", "load_balance", "z_loss")
 
 
 class Window:
@@ -24,6 +28,14 @@ class Window:
         value = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
         known = self._sums.get(name)
         self._sums[name] = value.clone() if known is None else known + value
+
+    def add_output(self, stream: str, output: ObjectiveOutput) -> None:
+        for name, (total, count) in output.metrics.items():
+            self.add(f"metric/{name}/{stream}", torch.stack([total.double(), count.double()]))
+        for stats in output.router_stats:
+            for name in ROUTER_FIELDS:
+                self.add(f"router/{stats.layer}/{name}", getattr(stats, name))
+            self.add(f"router/{stats.layer}/calls", 1.0)
 
     def fetch(self, topology: Topology) -> dict[str, Tensor]:
         """The sums over all ranks, on the CPU; starts a new window. All ranks have the same names."""
@@ -50,3 +62,27 @@ class Window:
             for name, value in sums.items():
                 tensor = torch.tensor(value, dtype=torch.float64)
                 self.add(name, tensor if mine else torch.zeros_like(tensor))
+
+
+def means(sums: dict[str, Tensor]) -> dict[str, float]:
+    """The metrics of the objectives: `NAME/STREAM`."""
+    return {
+        name.removeprefix("metric/"): float(value[0] / value[1].clamp(min=1))
+        for name, value in sums.items()
+        if name.startswith("metric/")
+    }
+
+
+def router_stats(sums: dict[str, Tensor]) -> list[RouterStats]:
+    """One for each layer: sums over the window, but the two losses, which are means over the calls."""
+    layers = sorted({int(name.split("/")[1]) for name in sums if name.startswith("router/")})
+    stats = []
+    for layer in layers:
+        fields = {name: sums[f"router/{layer}/{name}"] for name in ROUTER_FIELDS}
+        calls = sums[f"router/{layer}/calls"]
+        for name in ("load_balance", "z_loss"):
+            fields[name] = fields[name] / calls
+        for name in ("counts_ME", "dropped_M", "tokens_M"):
+            fields[name] = fields[name].long()
+        stats.append(RouterStats(layer=layer, **fields))
+    return stats

@@ -1,0 +1,231 @@
+"""Pre-trains a recipe.
+
+    deepspeed [--hostfile HOSTS] --module eve.pretrain --recipe eve_base \\
+              --deepspeed_config ds_configs/zero1_bf16.json [section.key=value ...]
+    torchrun --nproc-per-node 8 -m eve.pretrain --recipe eve_base ...
+    python -m eve.pretrain --recipe eve_tiny
+
+Writes runs/NAME/ (or --run_dir): recipe, metrics.jsonl, TensorBoard events, samples, checkpoints and, at the
+end, export/. `--resume` goes on from the last complete checkpoint. SIGTERM and SIGINT save one
+and end with 128 + the signal's number (143, 130). A mistake that the user can mend ends with one sentence
+and exit code 2, where possible before the model is built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eve.config import Recipe, load_recipe
+from eve.data.shards import resolve
+from eve.data.tokenizer import Tokenizer
+from eve.errors import UserError
+from eve.model import count_parameters
+from eve.parallel.topology import Topology
+from eve.training.checkpoint import CheckpointStore, directory_size
+from eve.training.ds_config import (
+    DS_CONFIGS,
+    check_deepspeed_version,
+    precision,
+    read_ds_config,
+    resolve_ds_config,
+    zero_stage,
+)
+from eve.training.export import check_weights
+from eve.training.loop import Run, TrainState
+
+# Sections of the recipe that a resumed run may change.
+FREE_SECTIONS = ("training", "evaluation")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_arguments(argv)
+    topology = None
+    try:
+        topology = Topology.from_environment()
+        return pretrain(options, topology)
+    except UserError as error:
+        if topology is None or topology.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m eve.pretrain", description="Pre-trains a recipe.")
+    parser.add_argument("--recipe", required=True, help="name in eve/recipes/ or path of a YAML file")
+    parser.add_argument("--deepspeed_config", help="ds_configs/zero1_bf16.json, or fp32.json without CUDA")
+    parser.add_argument("--run_dir", type=Path, help="default: runs/NAME of the recipe")
+    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of the recipe")
+    return parser.parse_args(argv)
+
+
+def pretrain(options: argparse.Namespace, topology: Topology) -> int:
+    """Checks everything, then trains. Raises UserError on all ranks together."""
+    prepared, error = None, None
+    try:
+        prepared = prepare(options, topology)
+    except UserError as mistake:
+        error = mistake
+    topology.raise_together(error)
+    assert prepared is not None
+    if topology.rank == 0:
+        begin_run_dir(prepared, topology)
+    topology.barrier()
+    return Run(topology=topology, **prepared).train()
+
+
+def prepare(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
+    """What Run needs; every check that needs no model. Writes nothing."""
+    check_deepspeed_version()
+    recipe = load_recipe(options.recipe, options.overrides)
+    cuda = topology.device.type == "cuda"
+    default = DS_CONFIGS / ("zero1_bf16.json" if cuda else "fp32.json")
+    where = str(options.deepspeed_config or default)
+    ds_tree = read_ds_config(where)
+    for stage in recipe.stages:
+        resolve_ds_config(ds_tree, recipe, stage, topology.world_size, cuda=cuda, where=where)
+        if stage.init_from is not None:
+            check_weights(Path(stage.init_from), recipe.model)
+    tokenizer = Tokenizer.load(recipe.data.tokenizer)
+    if tokenizer.vocab_size != recipe.model.vocab_size:
+        raise UserError(
+            f"the tokenizer {recipe.data.tokenizer} has {tokenizer.vocab_size} pieces, "
+            f"model.vocab_size is {recipe.model.vocab_size}"
+        )
+    for source in sorted({stream.source for stage in recipe.stages for stream in stage.streams}):
+        for shards in recipe.data.sources[source].mix:
+            resolve(shards.shards)
+    run_dir = options.run_dir or Path("runs") / recipe.name
+    store = CheckpointStore(run_dir / "checkpoints", topology, recipe.training.keep_checkpoints)
+    checkpoint = check_run_dir(run_dir, store, resume=options.resume)
+    state = TrainState()
+    if checkpoint is not None:
+        state = read_state(checkpoint, recipe, tokenizer, ds_tree, topology)
+    check_disk(run_dir, store, recipe)
+    return {
+        "recipe": recipe,
+        "ds_tree": ds_tree,
+        "ds_where": where,
+        "tokenizer": tokenizer,
+        "run_dir": run_dir,
+        "store": store,
+        "state": state,
+        "checkpoint": checkpoint,
+    }
+
+
+def check_run_dir(run_dir: Path, store: CheckpointStore, *, resume: bool) -> Path | None:
+    """The checkpoint to start from; None starts at step 0."""
+    if resume and not run_dir.is_dir():
+        raise UserError(f"there is no run {run_dir} to resume; start it without --resume")
+    if not resume and run_dir.exists():
+        raise UserError(f"the run directory {run_dir} exists; go on with --resume or give another --run_dir")
+    return store.latest() if resume else None
+
+
+def read_state(
+    checkpoint: Path, recipe: Recipe, tokenizer: Tokenizer, ds_tree: dict[str, Any], topology: Topology
+) -> TrainState:
+    """The state of a checkpoint, which must be of this recipe, tokenizer and layout."""
+    state = TrainState(**json.loads((checkpoint / "state.json").read_text()))
+    theirs = flatten(yaml.safe_load((checkpoint / "recipe.yaml").read_text()))
+    ours = flatten(recipe.model_dump(mode="json"))
+    differing = [
+        f"{key} is {ours.get(key)!r}, was {theirs.get(key)!r}"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key) and key.split(".")[0] not in FREE_SECTIONS
+    ]
+    if differing:
+        shown = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
+        raise UserError(f"the checkpoint {checkpoint} is of another recipe: {shown}")
+    if (checkpoint / "tokenizer.model").read_bytes() != tokenizer.model_bytes:
+        raise UserError(
+            f"the tokenizer {recipe.data.tokenizer} is not the one of the checkpoint {checkpoint}; "
+            "its copy is tokenizer.model in there"
+        )
+    for name, found, expected in (
+        ("ZeRO stage", zero_stage(ds_tree), state.zero_stage),
+        ("precision", precision(ds_tree), state.precision),
+    ):
+        if found != expected:
+            raise UserError(
+                f"the checkpoint {checkpoint} has {name} {expected}, the DeepSpeed config says {found}"
+            )
+    if state.zero_stage > 0 and state.world_size != topology.world_size:
+        raise UserError(
+            f"the checkpoint {checkpoint} was written by {state.world_size} processes with ZeRO stage "
+            f"{state.zero_stage}, found {topology.world_size}; start as many"
+        )
+    return state
+
+
+def check_disk(run_dir: Path, store: CheckpointStore, recipe: Recipe) -> None:
+    """fp32 weights and two moments of each parameter, as often as checkpoints are kept, and once more."""
+    size = 12 * count_parameters(recipe.model).total
+    existing = sum(directory_size(path) for path in store.completed())
+    need = size * (recipe.training.keep_checkpoints + 1) + size // 3 - existing
+    place = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if free < need:
+        raise UserError(
+            f"no space left for checkpoints in {run_dir}: about {need / 2**30:.1f} GiB needed for "
+            f"training.keep_checkpoints {recipe.training.keep_checkpoints}, {free / 2**30:.1f} GiB free"
+        )
+
+
+def begin_run_dir(prepared: dict[str, Any], topology: Topology) -> None:
+    """Makes the directory, cuts off what a killed run wrote after its checkpoint, prints what will run."""
+    recipe, run_dir, state = prepared["recipe"], prepared["run_dir"], prepared["state"]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    prepared["store"].clean()
+    metrics = run_dir / "metrics.jsonl"
+    if metrics.exists():
+        os.truncate(metrics, min(state.metrics_bytes, metrics.stat().st_size))
+    (run_dir / "recipe.yaml").write_text(recipe.to_yaml())
+    config, _ = resolve_ds_config(
+        prepared["ds_tree"],
+        recipe,
+        recipe.stages[0],
+        topology.world_size,
+        cuda=topology.device.type == "cuda",
+        where=prepared["ds_where"],
+    )
+    (run_dir / "ds_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    count = count_parameters(recipe.model)
+    print(
+        f"recipe {recipe.name}: {count.total:,} parameters, {count.active:,} active per token in the blocks"
+    )
+    print(f"device: {topology.describe()}, {precision(config)}")
+    print(f"DeepSpeed config {prepared['ds_where']}: {json.dumps(config)}")
+    if prepared["checkpoint"] is not None:
+        print(f"resuming {prepared['checkpoint']} at step {state.step}", flush=True)
+    else:
+        print(f"starting {run_dir}", flush=True)
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}, "c": [2]} -> {"a.b": 1, "c.0": 2}."""
+    if isinstance(tree, dict):
+        items = list(tree.items())
+    elif isinstance(tree, list):
+        items = list(enumerate(tree))
+    else:
+        return {prefix[:-1]: tree}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= flatten(value, f"{prefix}{key}.")
+    return flat
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""A run from its first step to its export: stages, steps, logging, checkpoints, signals.
+
+The step of a stage is a list of streams (DESIGN.md, idea 2). One step, on every rank:
+
+    forward and backward of each pass          gradients add up, the last backward reduces them
+    next samples                                while the device still works; one small all-reduce
+    update                                     nothing changes where the gradient is not finite
+    log, pictures, checkpoint, stop            when their step has come
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eve.config import Recipe, Stage
+from eve.data.batch import Batch
+from eve.data.loader import merge_states
+from eve.data.tokenizer import Tokenizer
+from eve.errors import UserError
+from eve.objectives import ObjectiveOutput
+from eve.parallel.topology import Topology
+from eve.training.checkpoint import CheckpointStore
+from eve.training.ds_config import StepPlan, precision, resolve_ds_config, zero_stage
+from eve.training.engine import Engine
+from eve.training.export import export_model
+from eve.training.feed import StepData, StepFeed
+from eve.training.meter import Meter
+from eve.training.monitor import Monitor
+from eve.training.pictures import draw_batch
+from eve.training.schedule import learning_rate
+from eve.training.stages import build_stage, stage_at
+from eve.training.window import Window, means, router_stats
+
+
+@dataclass
+class TrainState:
+    """What state.json of a checkpoint holds: everything of the run that the engine does not keep."""
+
+    step: int = 0
+    # Position of every source after `step`, merged over ranks.
+    sources: dict[str, Any] = field(default_factory=dict)
+    # Sums of the unfinished log window, of each rank.
+    window: list[dict[str, Any]] = field(default_factory=list)
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    # Size of metrics.jsonl at this step: a resumed run cuts off what came after.
+    metrics_bytes: int = 0
+    world_size: int = 1
+    zero_stage: int = 0
+    precision: str = "fp32"
+
+
+class StopRequest:
+    """SIGTERM and SIGINT ask the run to save and stop; a second one gets what it would have got."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._former = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """One call of `eve.pretrain`; `state` is where it starts, `checkpoint` what it starts from."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        ds_tree: dict[str, Any],
+        ds_where: str,
+        tokenizer: Tokenizer,
+        topology: Topology,
+        run_dir: Path,
+        store: CheckpointStore,
+        state: TrainState,
+        checkpoint: Path | None,
+    ) -> None:
+        self.recipe, self.ds_tree, self.ds_where = recipe, ds_tree, ds_where
+        self.tokenizer, self.topology, self.run_dir = tokenizer, topology, run_dir
+        self.store, self.state, self.checkpoint = store, state, checkpoint
+        self.window = Window(topology.device)
+        self.window.load(state.window, topology)
+        self.monitor = Monitor(run_dir, recipe, topology, start_step=state.step)
+        self.stop = StopRequest()
+
+    def train(self) -> int:
+        """Runs what is left of all stages. Returns the exit code: 0, or 128 + the signal that stopped it."""
+        weights: dict[str, Tensor] | None = None
+        first, _ = stage_at(self.recipe, self.state.step)
+        try:
+            for index in range(first, len(self.recipe.stages)):
+                weights, finished = self._train_stage(index, weights)
+                if not finished:
+                    return 128 + (self.stop.signal or signal.SIGTERM)
+            assert weights is not None
+            self._export(weights)
+            return 0
+        finally:
+            self.stop.restore()
+            self.monitor.close()
+
+    def _train_stage(self, index: int, previous: dict[str, Tensor] | None) -> tuple[dict[str, Tensor], bool]:
+        """(weights at its end, whether it came to its end). A checkpoint is saved in either case."""
+        stage = self.recipe.stages[index]
+        first_step = sum(before.steps for before in self.recipe.stages[:index])
+        config, plan = resolve_ds_config(
+            self.ds_tree,
+            self.recipe,
+            stage,
+            self.topology.world_size,
+            cuda=self.topology.device.type == "cuda",
+            where=self.ds_where,
+        )
+        module = build_stage(self.recipe, stage, previous)
+        engine = Engine(module, self.recipe.optimizer, config, self.topology)
+        if self.checkpoint is not None:
+            engine.load(self.checkpoint, "engine")
+            self.checkpoint = None
+        feed = StepFeed(
+            self.recipe, stage, plan, self.tokenizer, module.objectives, self.topology, self.state.sources
+        )
+        try:
+            finished = self._steps(stage, plan, first_step, engine, feed)
+            weights = engine.weights() if finished else {}
+        finally:
+            feed.close()
+        engine.close()
+        return weights, finished
+
+    def _steps(self, stage: Stage, plan: StepPlan, first_step: int, engine: Engine, feed: StepFeed) -> bool:
+        state, training = self.state, self.recipe.training
+        last_step = first_step + stage.steps
+        saved_at = state.step
+        meter = Meter(self.recipe, self.topology)
+        data = current = self._next(feed) if state.step < last_step else None
+        while data is not None:
+            wanted, failed = data.flags.tolist()
+            if failed:
+                self.topology.raise_together(feed.error)
+            if wanted:
+                break
+            current = data
+            rate = learning_rate(stage, state.step - first_step)
+            outputs = self._passes(engine, plan, current)
+            data = self._next(feed) if state.step + 1 < last_step else None
+            applied = engine.step(rate)
+            state.step += 1
+            meter.count(current)
+
+            if applied:
+                state.skipped_in_a_row = 0
+                self._add(outputs, current, engine.gradient_norm)
+            else:
+                self._skip(stage, outputs, current)
+            last = state.step == last_step
+            if last or state.step % training.log_every == 0:
+                self._log(rate, meter)
+            with meter.paused():
+                if last or state.step % training.images_every == 0:
+                    self._pictures(engine, current)
+                if last or state.step % training.checkpoint_every == 0:
+                    self._save(engine, current.states)
+                    saved_at = state.step
+        if current is not None and state.step != saved_at:
+            self._save(engine, current.states)
+        return state.step == last_step
+
+    def _next(self, feed: StepFeed) -> StepData:
+        return feed.next(stop=self.stop.signal is not None)
+
+    def _passes(self, engine: Engine, plan: StepPlan, data: StepData) -> list[ObjectiveOutput]:
+        """Forward and backward of every pass of the step."""
+        outputs = []
+        for number, (stream, batch) in enumerate(data.passes):
+            batch = batch.to(self.topology.device)
+            loss, output = engine.forward(
+                stream.name, batch, data.units[stream.name], 1 / plan.micro_batches(stream.source)
+            )
+            # A loss that is not finite makes the gradient so, and every rank skips the step.
+            finite = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+            engine.backward(loss * (stream.weight * finite), last=number == len(data.passes) - 1)
+            outputs.append(output)
+        return outputs
+
+    def _add(self, outputs: list[ObjectiveOutput], data: StepData, norm: float) -> None:
+        for (stream, _), output in zip(data.passes, outputs, strict=True):
+            self.window.add_output(stream.name, output)
+        # Every rank has the same norm, and the window adds over ranks.
+        share = 1 / self.topology.world_size
+        self.window.add("norm", torch.tensor([norm * share, share], dtype=torch.float64))
+
+    def _skip(self, stage: Stage, outputs: list[ObjectiveOutput], data: StepData) -> None:
+        """Counts a step that was not made; names it, and stops the run after too many in a row."""
+        state = self.state
+        state.skipped_steps += 1
+        state.skipped_in_a_row += 1
+        mine = [
+            (stream.name, [sample.key for sample in batch.samples])
+            for (stream, batch), output in zip(data.passes, outputs, strict=True)
+            if not bool(torch.isfinite(output.loss))
+        ]
+        found = [entry for entries in self.topology.gather_objects(mine) for entry in entries]
+        what = f"step {state.step} of stage {stage.name} is not finite and was skipped"
+        if found:
+            keys = [key for name, batch_keys in found if name == found[0][0] for key in batch_keys]
+            shown = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+            what = f"{what}: the loss of stream {found[0][0]} on the samples {shown}"
+        else:
+            keys = [sample.key for sample in data.passes[0][1].samples]
+            what = f"{what}: the gradient, on samples from {keys[0]} to {keys[-1]}"
+        if self.topology.rank == 0:
+            print(what, flush=True)
+        limit = self.recipe.training.max_skipped_steps
+        if state.skipped_in_a_row > limit:
+            raise UserError(
+                f"{what}; number {state.skipped_in_a_row} in a row, past training.max_skipped_steps {limit}"
+            )
+
+    def _log(self, rate: float, meter: Meter) -> None:
+        sums = self.window.fetch(self.topology)
+        metrics = means(sums)
+        if "norm" in sums:
+            metrics["grad_norm"] = float(sums["norm"][0] / sums["norm"][1])
+        metrics["lr"] = rate
+        metrics["skipped_steps"] = float(self.state.skipped_steps)
+        self.monitor.log(self.state.step, metrics, meter.read())
+        self.monitor.log_router(self.state.step, router_stats(sums))
+
+    def _pictures(self, engine: Engine, data: StepData) -> None:
+        """Of the first batch of each source, as the step has just seen it. Drawn by rank 0 for its own batch;
+        ZeRO stage 3 needs all ranks for a forward pass."""
+        if self.topology.rank != 0 and engine.zero_stage < 3:
+            return
+        first: dict[str, Batch] = {}
+        for stream, batch in data.passes:
+            first.setdefault(stream.source, batch)
+        pictures = [
+            draw_batch(
+                engine.module.model,
+                engine.module.objectives,
+                batch.to(self.topology.device),
+                self.tokenizer,
+                name=source,
+            )
+            for source, batch in first.items()
+        ]
+        self.monitor.log_images(self.state.step, pictures)
+
+    def _save(self, engine: Engine, states: dict[str, Any]) -> None:
+        gathered = self.topology.gather_objects(states)
+        state = self.state
+        # A source that only another stage reads keeps its position.
+        state.sources |= {name: merge_states([rank[name] for rank in gathered]) for name in states}
+        state.window = self.window.state(self.topology)
+        state.world_size = self.topology.world_size
+        state.zero_stage, state.precision = zero_stage(self.ds_tree), precision(self.ds_tree)
+        metrics = self.run_dir / "metrics.jsonl"
+
+        def write_shared(directory: Path) -> None:
+            with open(metrics, "rb+") as file:
+                os.fsync(file.fileno())
+            state.metrics_bytes = metrics.stat().st_size
+            (directory / "state.json").write_text(json.dumps(state.__dict__))
+            (directory / "recipe.yaml").write_text(self.recipe.to_yaml())
+            (directory / "tokenizer.model").write_bytes(self.tokenizer.model_bytes)
+
+        self.store.save(state.step, lambda directory: engine.save(directory, "engine"), write_shared)
+
+    def _export(self, weights: dict[str, Tensor]) -> None:
+        def write() -> UserError | None:
+            try:
+                export_model(
+                    self.run_dir / "export", weights, self.recipe, self.tokenizer, {"step": self.state.step}
+                )
+            except UserError as error:
+                return error
+            return None
+
+        self.topology.raise_together(write() if self.topology.rank == 0 else None)
