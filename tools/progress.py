@@ -28,7 +28,8 @@ class Progress:
         self._last = now
         elapsed = now - self._start[0]
         rate = (done - self._start[1]) / elapsed if elapsed > 0 else 0.0
-        line = f"{done:,} of {total:,} {self._unit}, {rate:,.0f}/s"
+        line = f"{done:,} of {total:,} {self._unit}"
+        line += f", {rate:,.0f}/s" if rate >= 1 else ""
         line += f", {_clock((total - done) / rate)} to go" if rate > 0 and done < total else ""
         if terminal:
             print(f"\r{line:<{self._width}}", end="\n" if done == total else "", file=sys.stderr, flush=True)
