@@ -140,20 +140,16 @@ class Reader:
             epoch = self._open()
         row = int(epoch.rows_N[self._position])
         shard, position = epoch.locate(row)
-        raw = self._read_local(shard, position) if self._files else self._read_streamed(epoch, row)
+        if self._files is not None:
+            raw = self._files.read(shard, position, self._wanted)
+        else:
+            raw = self._read_streamed(epoch, row)
         self._position += 1
         return Read(self._epoch_number, int(self._order.starts_S[shard]) + position, raw)
 
     def _open(self) -> Epoch:
         self._epoch = self._order.epoch(self._reader, self._epoch_number)
         return self._epoch
-
-    def _read_local(self, shard: int, position: int) -> RawSample | BadSample:
-        assert self._files is not None
-        try:
-            return self._files.read(shard, position, self._wanted)
-        except BadSample as bad:
-            return bad
 
     def _read_streamed(self, epoch: Epoch, row: int) -> RawSample | BadSample:
         """Streams up to the place `row`, holding what comes before it and is still to be handed out."""
@@ -177,10 +173,5 @@ class Reader:
             shard: Shard = self._shard_set.shards[epoch.shards_S[slot]]
             start = int(epoch.row_starts_S[slot])
             for raw in stream_shard(shard, row - start, self._wanted):
-                if row == start + shard.samples:
-                    break
                 yield raw
-                row += 1
-            while row < start + shard.samples:
-                yield BadSample(shard.name, f"#{row - start}", "missing from a shard that is cut short")
                 row += 1

@@ -45,6 +45,8 @@ PAUSE = 1.0
 MAX_OPEN_FILES = 64
 MAX_INDEXED_SAMPLES = 500_000
 
+CUT_SHORT = "missing from a shard that is cut short"
+
 _TAR = re.compile(r"[^\s'\"=?&]*\.tar(?![^\s'\"?&#])")
 _REMOTE = re.compile(r"^(pipe:|(?!file:)[a-z][a-z0-9+.-]*://)")
 
@@ -235,12 +237,12 @@ class LocalShards:
         self._indices: OrderedDict[int, TarIndex] = OrderedDict()
         self._num_indexed = 0
 
-    def read(self, shard: int, position: int, wanted: Callable[[str], bool]) -> RawSample:
-        """The members whose extension is `wanted`. Raises BadSample where the tar has no such sample."""
+    def read(self, shard: int, position: int, wanted: Callable[[str], bool]) -> RawSample | BadSample:
+        """The members whose extension is `wanted`; a BadSample where the tar has no such sample."""
         name = self._shards[shard].name
         index = self._index(shard)
         if position >= len(index.samples):
-            raise BadSample(name, f"#{position}", "missing from a shard that is cut short")
+            return BadSample(name, f"#{position}", CUT_SHORT)
         sample = index.samples[position]
         file = self._file(shard)
         members = {}
@@ -283,12 +285,12 @@ class LocalShards:
 # --- streamed shards: one sample after another ------------------------------------------------------------
 
 
-def stream_shard(shard: Shard, skip: int, wanted: Callable[[str], bool]) -> Iterator[RawSample]:
+def stream_shard(shard: Shard, skip: int, wanted: Callable[[str], bool]) -> Iterator[RawSample | BadSample]:
     """The samples of a shard from position `skip` on, through webdataset's gopen.
 
     Members of a key must stand together (tools/make_shards.py writes them so). A connection that breaks is
-    opened again and what was had already is passed over. Ends early where the shard stays broken: the
-    caller knows how many there should be.
+    opened again and what was had already is passed over. As many samples as the manifest says come in any
+    case: a BadSample for each that the shard lacks.
     """
     done = skip
     for attempt in range(ATTEMPTS):
@@ -296,12 +298,17 @@ def stream_shard(shard: Shard, skip: int, wanted: Callable[[str], bool]) -> Iter
             time.sleep(PAUSE)
         try:
             for position, sample in enumerate(_stream_once(shard, done, wanted)):
+                if done == shard.samples:
+                    return
                 if position >= done:
                     yield sample
                     done += 1
-            return
+            break
         except (OSError, tarfile.TarError, EOFError):
             continue
+    while done < shard.samples:
+        yield BadSample(shard.name, f"#{done}", CUT_SHORT)
+        done += 1
 
 
 def _stream_once(shard: Shard, skip: int, wanted: Callable[[str], bool]) -> Iterator[RawSample]:
@@ -313,7 +320,8 @@ def _stream_once(shard: Shard, skip: int, wanted: Callable[[str], bool]) -> Iter
     try:
         with tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in archive:
-                archive.members.clear()
+                # tarfile keeps every header it has seen.
+                archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
                 name = split_name(member.name) if member.isreg() else None
                 if name is None:
                     continue

@@ -1,4 +1,4 @@
-"""The order of the readers: exactly once an epoch, balanced, bounded, and resumable from (epoch, position)."""
+"""The order of the readers: once an epoch, balanced, bounded, resumable from (epoch, position)."""
 
 from __future__ import annotations
 
@@ -214,24 +214,24 @@ def test_a_cut_shard_counts_each_missing_sample(tmp_path, streamed, monkeypatch)
 def test_without_manifest_local_shards_are_scanned_and_remote_ones_refused(tmp_path):
     make_set(tmp_path, [4, 3], manifest=False)
     assert resolve(str(tmp_path)).counts == (4, 3)
-    with pytest.raises(UserError, match="make_shards.py index"):
+    with pytest.raises(UserError, match=r"make_shards.py index"):
         resolve(f"pipe:cat {tmp_path}/{{000..001}}.tar")
 
 
 def test_mistakes_are_named(tmp_path):
     make_set(tmp_path, [4, 3])
-    with pytest.raises(UserError, match="no file matches"):
+    with pytest.raises(UserError, match=r"no file matches"):
         resolve(f"{tmp_path}/nothing*.tar")
-    with pytest.raises(UserError, match="there is no shard .*002.tar"):
+    with pytest.raises(UserError, match=r"there is no shard .*002.tar"):
         resolve(f"{tmp_path}/{{000..002}}.tar")
-    with pytest.raises(UserError, match="000.tar twice"):
+    with pytest.raises(UserError, match=r"000.tar twice"):
         resolve(f"{tmp_path}/000.tar::{tmp_path}/*.tar")
     (tmp_path / "009.tar").write_bytes((tmp_path / "000.tar").read_bytes())
-    with pytest.raises(UserError, match="does not list the shard 009.tar"):
+    with pytest.raises(UserError, match=r"does not list the shard 009.tar"):
         resolve(str(tmp_path))
     (tmp_path / "009.tar").unlink()
     (tmp_path / "001.tar").unlink()
-    with pytest.raises(UserError, match="001.tar is missing"):
+    with pytest.raises(UserError, match=r"001.tar is missing"):
         resolve(str(tmp_path))
 
 
