@@ -34,7 +34,6 @@ ENGINE_KEYS = (
     "communication_data_type",
     "prescale_gradients",
     "gradient_predivide_factor",
-    "sparse_gradients",
     "steps_per_print",
     "wall_clock_breakdown",
     "memory_breakdown",
@@ -159,7 +158,7 @@ def resolve_ds_config(
         raise UserError(f"{where} enables both bf16 and fp16, expected at most one")
     if enabled and stage_number == 0:
         raise UserError(
-            f"{where} says {enabled[0]} with zero_optimization.stage 0, which has no fp32 weights; use stage 1"
+            f"{where} says {enabled[0]} with zero_optimization.stage 0, which lacks fp32 weights; use stage 1"
         )
     if enabled == ["fp16"] and not cuda:
         raise UserError(f"{where} enables fp16, which needs a CUDA device; use ds_configs/fp32.json on a CPU")
@@ -167,6 +166,12 @@ def resolve_ds_config(
         # Hooks of the last backward reduce the gradients, so a parameter that only an earlier stream
         # of the step uses would be left out.
         raise UserError(f"{where} says overlap_comm true with ZeRO stage 1, which loses gradients of streams")
+
+    learned = any(feed_forward.router == "topk" for feed_forward in recipe.model.feed_forward)
+    if stage_number == 3 and learned:
+        raise UserError(
+            f"{where} says zero_optimization.stage 3, which is for recipes without a topk router; use 1 or 2"
+        )
 
     plan = plan_step(tree, recipe, stage, world_size, where)
     passes = plan.passes(stage)

@@ -32,13 +32,18 @@ def freeze(module: nn.Module, trainable: Sequence[str]) -> list[str]:
     return learning
 
 
-def decays(parameter: nn.Parameter) -> bool:
-    """Norms, biases and gains have one dimension; embeddings and stacked biases are marked by the model."""
-    return parameter.ndim > 1 and not getattr(parameter, "no_weight_decay", False)
-
-
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters that learn, in two groups: with decay and without."""
+    """The parameters that learn, in two groups: with decay and without.
+
+    Norms, biases and gains have one dimension and do not decay, nor do tables of embeddings. What else
+    shall not (stacked biases of experts, positions) the model marks: `parameter.no_weight_decay = True`.
+    """
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+
+    def decays(parameter: nn.Parameter) -> bool:
+        marked = getattr(parameter, "no_weight_decay", False) or id(parameter) in tables
+        return parameter.ndim > 1 and not marked
+
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in learning if decays(p)], "weight_decay": weight_decay, "name": "decay"},
