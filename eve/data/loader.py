@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -36,8 +37,8 @@ from eve.data.workers import Workers
 from eve.errors import UserError
 
 VERSION = 1
-# Broken samples that a reader remembers by name.
-MAX_NAMED = 8
+# Different broken samples that a reader remembers by name.
+MAX_NAMED = 20
 # Samples read before the share of broken ones means anything.
 MIN_READ = 32
 # Broken samples one after another in a reader before a worker judges by its own readers alone.
@@ -56,13 +57,14 @@ class Tally:
 
     def add(self, bad: BadSample) -> None:
         self.bad[bad.reason] += 1
-        if len(self.first_bad) < MAX_NAMED:
-            self.first_bad.append([bad.shard, bad.key, bad.reason])
+        named = [bad.shard, bad.key, bad.reason]
+        if len(self.first_bad) < MAX_NAMED and named not in self.first_bad:
+            self.first_bad.append(named)
 
 
 @dataclass(frozen=True)
 class BadSamples:
-    """Broken samples of some readers: how many of how many, by reason, and the first by name."""
+    """Broken samples of some readers: how many of how many, by reason, and the first (shard, key, reason)."""
 
     read: int
     bad: int
@@ -70,7 +72,10 @@ class BadSamples:
     first: list[tuple[str, str, str]]
 
     def refuse_more_than(self, share: float, where: str) -> None:
-        if self.read >= MIN_READ and self.bad > share * self.read:
+        """Raises UserError past the share, and past what chance may add to it (three standard deviations of
+        a Poisson count), so that one broken sample in the first hundred does not end a run."""
+        allowed = share * self.read
+        if self.read >= MIN_READ and self.bad > allowed + 3 * math.sqrt(allowed):
             shard, key, reason = self.first[0]
             raise UserError(
                 f"{self.bad} of {self.read} samples read from {where} are broken, more than "

@@ -30,7 +30,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 ASPECT = (3 / 4, 4 / 3)
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 _MIRRORED = re.compile(r"\b(left|right)", re.IGNORECASE)
 
@@ -72,25 +71,16 @@ class Transform:
         An image whose caption says left or right is not mirrored: the caption would become false.
         `crop` draws box and flip; `augment` the RandAugment operations, and is needed only for those.
         """
-        # Pillow's decoders raise whatever the bytes lead them to (OSError, SyntaxError, struct.error, ...).
+        # Pillow's decoders raise whatever the bytes lead them to (OSError, SyntaxError, struct.error, ...),
+        # and warn of each odd EXIF block.
         try:
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
-        except Image.DecompressionBombError:
-            raise UnusableImage(f"image of more than {2 * MAX_PIXELS:,} pixels") from None
-        except Exception as error:
-            raise UnusableImage("undecodable image") from error
-        if image.width * image.height > MAX_PIXELS:
-            raise UnusableImage(f"image of more than {MAX_PIXELS:,} pixels")
-        try:
-            orientation = image.getexif().get(0x0112, 1)
-            width, height = image.size if orientation < 5 else image.size[::-1]
-            if self.crop_scale is None:
-                box = centre_box(width, height)
-            else:
-                box = random_box(crop, width, height, self.crop_scale)
-            image = crop_and_resize(image, box, orientation, self.image_size)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image = self._decode(content, crop)
         except UnusableImage:
             raise
+        except Image.DecompressionBombError:
+            raise UnusableImage(f"image of more than {MAX_PIXELS:,} pixels") from None
         except Exception as error:
             raise UnusableImage("undecodable image") from error
         # Drawn whether or not it is used, so that a caption does not change what else is drawn.
@@ -101,6 +91,18 @@ class Transform:
             assert augment is not None
             image = rand_augment(image, augment, *self.rand_augment)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+    def _decode(self, content: bytes, crop: np.random.Generator) -> Image.Image:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
+        orientation = image.getexif().get(0x0112, 1)
+        width, height = image.size if orientation < 5 else image.size[::-1]
+        if self.crop_scale is None:
+            box = centre_box(width, height)
+        else:
+            box = random_box(crop, width, height, self.crop_scale)
+        return crop_and_resize(image, box, orientation, self.image_size)
 
 
 def random_box(rng: np.random.Generator, width: int, height: int, scale: tuple[float, float]) -> Box:
