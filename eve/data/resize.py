@@ -11,6 +11,8 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
+from eve.data.transforms import MAX_PIXELS
+
 _EXTENSIONS = {
     **{"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"},
     **{"GIF": "gif", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm"},
@@ -18,7 +20,7 @@ _EXTENSIONS = {
 
 
 class BadImage(Exception):
-    """Bytes that are no image which can be read; the message is the reason."""
+    """Bytes that are no image which the stream could read; the message is the reason."""
 
 
 def prepare_image(image_bytes: bytes, resize: int | None, quality: int) -> tuple[bytes, str]:
@@ -29,11 +31,13 @@ def prepare_image(image_bytes: bytes, resize: int | None, quality: int) -> tuple
     """
     try:
         with warnings.catch_warnings():
-            # Large but honest pictures; Pillow itself refuses twice the size at which it warns.
+            # Pillow warns of large pictures; from twice that size on it refuses them.
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(image_bytes))
             shrink = resize is not None and min(image.size) > resize
             extension = _EXTENSIONS.get(image.format or "")
+            if not shrink and image.width * image.height > MAX_PIXELS:
+                raise BadImage(f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
             if not shrink and extension is not None:
                 # All bits of a JPEG are read at an eighth as well, so a cut file is found, but cheaply.
                 image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
@@ -53,6 +57,8 @@ def prepare_image(image_bytes: bytes, resize: int | None, quality: int) -> tuple
             buffer = io.BytesIO()
             image.save(buffer, "JPEG", quality=quality, optimize=True)
             return buffer.getvalue(), "jpg"
+    except BadImage:
+        raise
     # Broken bytes raise whatever the decoder trips over: OSError, ValueError, SyntaxError, struct.error, ...
     except Exception as error:
         raise BadImage(f"{type(error).__name__}: {error}") from None
