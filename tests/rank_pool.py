@@ -1,16 +1,20 @@
-"""Processes that stay: they join a gloo group and import DeepSpeed once, then run what tests send.
+"""Processes for tests, forked from a server that has imported torch, DeepSpeed and eve once.
+
+A pool's processes stay: they join a gloo group, then run what tests send.
 
     pool = RankPool(2)
     results = pool.run(function, argument)      # [function(argument) on rank 0, on rank 1]
 
-`function` is a module-level function. Where a rank raises, or none answers in time, the processes are ended, the
-traceback is raised here, and the next call starts new ones.
+`function` is a module-level function. Where a rank raises, or none answers in time, the processes are
+ended, the traceback is raised here, and the next call starts new ones.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver as forkserver
 import os
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -18,9 +22,22 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from eve.parallel.topology import free_port
-
 SECONDS = 240
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def fork_server() -> Any:
+    """The context to start processes from. DeepSpeed takes seconds to import."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["deepspeed", "eve.pretrain"])
+    forkserver.ensure_running()
+    return context
 
 
 class RankPool:
@@ -51,7 +68,7 @@ class RankPool:
         return answers
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = fork_server()
         port = free_port()
         for rank in range(self.num_ranks):
             here, there = context.Pipe()

@@ -38,7 +38,11 @@ def make_record(number: int) -> Record:
     image.save(buffer, "PNG")
     captions = [f"a {colour} {shape} at the {place}", f"the {place} holds a {colour} {shape}"]
     return Record(
-        f"{number:05d}", buffer.getvalue(), "png", captions[: 1 + number % 2], {"shape": shape, "colour": colour}
+        f"{number:05d}",
+        buffer.getvalue(),
+        "png",
+        captions[: 1 + number % 2],
+        {"shape": shape, "colour": colour},
     )
 
 

@@ -7,7 +7,6 @@ process of a run without a launcher. Tensor and expert parallelism will add thei
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -59,22 +58,18 @@ class Topology:
         """Makes the process group, once. DeepSpeed's engine wants one even for a single process."""
         if dist.is_initialized():
             return
-        if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-            assert self.world_size == 1, "a launcher sets MASTER_ADDR and MASTER_PORT"
-            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(free_port())
-        # DeepSpeed looks for MPI unless it finds all five of these.
-        for name, value in (
-            ("RANK", self.rank),
-            ("WORLD_SIZE", self.world_size),
-            ("LOCAL_RANK", self.local_rank),
-        ):
-            os.environ.setdefault(name, str(value))
+        cuda = self.device.type == "cuda"
+        # A launcher gives an address to meet at; a single process meets nobody.
+        store = dist.HashStore() if self.world_size == 1 else None
+        # DeepSpeed asks for this one by name.
+        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
         dist.init_process_group(
-            "nccl" if self.device.type == "cuda" else "gloo",
+            "nccl" if cuda else "gloo",
+            store=store,
             rank=self.rank,
             world_size=self.world_size,
             timeout=timedelta(minutes=30),
-            device_id=self.device if self.device.type == "cuda" else None,
+            device_id=self.device if cuda else None,
         )
 
     def leave(self) -> None:
@@ -117,9 +112,3 @@ class Topology:
         else:
             device = f"cpu, {torch.get_num_threads()} threads"
         return f"{self.world_size} process{'es' if self.world_size > 1 else ''} on {device}"
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

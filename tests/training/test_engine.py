@@ -62,7 +62,10 @@ def plain_steps(recipe: Recipe) -> tuple[dict[str, Tensor], list[float]]:
     config = recipe.optimizer
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for n, p in parameters.items() if n not in bare], "weight_decay": config.weight_decay},
+            {
+                "params": [p for n, p in parameters.items() if n not in bare],
+                "weight_decay": config.weight_decay,
+            },
             {"params": [p for n, p in parameters.items() if n in bare], "weight_decay": 0.0},
         ],
         lr=LEARNING_RATE,
