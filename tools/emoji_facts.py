@@ -113,6 +113,7 @@ def _colour_names(rgb: np.ndarray) -> np.ndarray:
         ((hue < 14) & (value > 0.85) & pale & (hue >= 8), "beige"),
         (((hue < 8) | (hue >= 345)) & (value > 0.7) & (saturation < 0.55), "pink"),
         ((hue < 14) & (value < 0.75) & (saturation < 0.65), "brown"),
+        ((hue >= 8) & (hue < 14) & (value < 0.85) & (saturation < 0.7), "brown"),
         ((hue < 14) | (hue >= 345), "red"),
         ((hue < 50) & (saturation < 0.48) & (value > 0.75), "beige"),
         ((hue < 36.8) & ((value < 0.78) | pale), "brown"),

@@ -159,6 +159,7 @@ def test_nothing_to_see_is_none():
         ((255, 130, 45), "orange"),
         ((247, 222, 206), "beige"),  # Twitter's lightest skin
         ((121, 85, 72), "brown"),
+        ((193, 105, 79), "brown"),  # Twitter's
         ((41, 47, 51), "black"),  # Twitter's ink
         ((102, 117, 127), "grey"),
         ((244, 171, 186), "pink"),
