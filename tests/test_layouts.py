@@ -1,0 +1,120 @@
+"""The same recipe on one and on two processes, with other numbers of workers, is the same run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from eve import pretrain
+from eve.data.tokenizer import Tokenizer
+from eve.objectives import build_objective
+from eve.parallel.topology import Topology
+from eve.training.ds_config import plan_step
+from eve.training.feed import StepFeed
+from tests.rank_pool import RankPool
+from tests.test_resume import arguments
+from tests.tiny import tiny_recipe
+
+STEPS = 50
+# The load-balance loss of a process is that of its own tokens, as everywhere in data parallelism.
+LONG = (
+    f"stages.0.steps={STEPS}",
+    "training.checkpoint_every=25",
+    "model.feed_forward.1.load_balance_weight=0.0",
+)
+
+
+def pretrain_on_every_rank(argv: list[str]) -> int:
+    return pretrain.main(argv)
+
+
+def losses(run_dir: Path) -> dict[str, np.ndarray]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    names = ("loss/masked_image", "loss/masked_text", "accuracy/masked_text", "grad_norm", "lr")
+    return {name: np.array([line[name] for line in lines if name in line]) for name in names}
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    assert pretrain.main(arguments(tiny, run_dir, *LONG)) == 0
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [("fp32.json", "training.num_workers=0"), ("zero2_fp32.json", "training.micro_batch_size=4")],
+)
+def test_losses_of_two_processes_are_those_of_one(
+    config: str, more: str, tiny: Path, one_process: Path, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    argv = arguments(tiny, run_dir, "--deepspeed_config", f"ds_configs/{config}", *LONG, more)
+    assert two_ranks.run(pretrain_on_every_rank, argv) == [0, 0]
+    expected = losses(one_process)
+    for name, values in losses(run_dir).items():
+        assert len(values) == STEPS // 2, name
+        np.testing.assert_allclose(values, expected[name], rtol=1e-4 if name == "grad_norm" else 1e-5)
+
+
+def test_workers_change_nothing(tiny: Path, one_process: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert pretrain.main(arguments(tiny, run_dir, *LONG, "training.num_workers=3")) == 0
+    for name, values in losses(run_dir).items():
+        np.testing.assert_array_equal(values, losses(one_process)[name])
+
+
+def test_two_processes_go_on_where_one_was_stopped(
+    tiny: Path, one_process: Path, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    """ZeRO stage 0 keeps one whole copy, so a checkpoint of it fits any number of processes."""
+    run_dir = tmp_path / "run"
+    first = arguments(tiny, run_dir, *LONG)
+    assert pretrain.main(first) == 0
+    checkpoints = run_dir / "checkpoints"
+    (checkpoints / f"step-{STEPS:08d}" / "complete.json").unlink()
+    assert two_ranks.run(pretrain_on_every_rank, [*first, "--resume"]) == [0, 0]
+    for name, values in losses(run_dir).items():
+        np.testing.assert_allclose(
+            values, losses(one_process)[name], rtol=1e-4 if name == "grad_norm" else 1e-5
+        )
+
+
+def step_contents(recipe_path: Path, num_workers: int, num_steps: int) -> list[list[dict[str, Any]]]:
+    """Of each step, this rank's samples with their pixels and masks, and the units of each stream."""
+    recipe = tiny_recipe(recipe_path, f"training.num_workers={num_workers}")
+    topology = Topology.from_environment()
+    stage = recipe.stages[0]
+    objectives = {stream.name: build_objective(stream, recipe.model) for stream in stage.streams}
+    plan = plan_step({}, recipe, stage, topology.world_size, where="")
+    feed = StepFeed(recipe, stage, plan, Tokenizer.load(recipe.data.tokenizer), objectives, topology, {})
+    steps = []
+    for _ in range(num_steps):
+        data = feed.next(stop=False)
+        assert data.flags.tolist() == [0, 0]
+        samples = next(batch.samples for stream, batch in data.passes if stream.source == "pairs")
+        units = {name: float(value) * topology.world_size for name, value in data.units.items()}
+        steps.append([{"sample": sample, "units": units} for sample in samples])
+    feed.close()
+    return steps
+
+
+def test_a_global_batch_is_the_same_on_any_layout(tiny: Path, two_ranks: RankPool) -> None:
+    expected = step_contents(tiny, 0, 8)
+    for num_workers in (0, 1, 2):
+        shares = two_ranks.run(step_contents, tiny, num_workers, 8)
+        for step, whole in enumerate(expected):
+            found = shares[0][step] + shares[1][step]
+            assert [entry["sample"].key for entry in found] == [entry["sample"].key for entry in whole]
+            for ours, theirs in zip(found, whole, strict=True):
+                assert ours["units"] == theirs["units"]
+                assert ours["sample"].seed == theirs["sample"].seed
+                np.testing.assert_array_equal(ours["sample"].image_CHW, theirs["sample"].image_CHW)
+                np.testing.assert_array_equal(ours["sample"].tokens_N, theirs["sample"].tokens_N)
+                for stream, masks in theirs["sample"].masks.items():
+                    for name, mask in masks.items():
+                        np.testing.assert_array_equal(ours["sample"].masks[stream][name], mask)
