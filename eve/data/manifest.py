@@ -165,7 +165,7 @@ def tar_members(file: BinaryIO, path: str | Path) -> Iterator[tarfile.TarInfo | 
             yield member
         end = archive.offset
         # tarfile keeps every header it has seen; a shard can have 100,000.
-        archive.members.clear()
+        archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
     # tarfile takes a file that simply stops between two members for complete; the zero block tells.
     file.seek(end)
     if file.read(_BLOCK) != bytes(_BLOCK):

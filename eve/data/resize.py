@@ -44,14 +44,11 @@ def prepare_image(image_bytes: bytes, resize: int | None, quality: int) -> tuple
                 image.load()
                 return image_bytes, extension
             if resize is not None and shrink:
-                short = min(image.size)
-                width, height = (max(1, round(side * resize / short)) for side in image.size)
+                width, height = _fit(image.size, resize)
                 # At least twice the size wanted, so that the resampling has something to work on.
                 image.draft(None, (2 * width, 2 * height))
                 image = to_rgb(image)
-                short = min(image.size)
-                size_WH = tuple(max(1, round(side * resize / short)) for side in image.size)
-                image = image.resize(size_WH, Image.Resampling.BICUBIC, reducing_gap=3.0)
+                image = image.resize(_fit(image.size, resize), Image.Resampling.BICUBIC, reducing_gap=3.0)
             else:
                 image = to_rgb(image)
             buffer = io.BytesIO()
@@ -62,6 +59,12 @@ def prepare_image(image_bytes: bytes, resize: int | None, quality: int) -> tuple
     # Broken bytes raise whatever the decoder trips over: OSError, ValueError, SyntaxError, struct.error, ...
     except Exception as error:
         raise BadImage(f"{type(error).__name__}: {error}") from None
+
+
+def _fit(size: tuple[int, int], short: int) -> tuple[int, int]:
+    """(width, height) of the same shape with the short side `short`."""
+    width, height = size
+    return round(width * short / min(size)), round(height * short / min(size))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -72,7 +72,9 @@ def write_shard(path: Path, records: Iterable[Record]) -> ShardInfo:
     keys: set[str] = set()
     try:
         with _HashingFile(partial) as file:
-            with tarfile.open(fileobj=file, mode="w|", format=tarfile.GNU_FORMAT) as archive:
+            # In this mode tarfile calls nothing but `write`.
+            target: Any = file
+            with tarfile.open(fileobj=target, mode="w|", format=tarfile.GNU_FORMAT) as archive:
                 for record in records:
                     assert split_name(f"{record.key}.json") == (record.key, "json"), record.key
                     assert record.image_bytes is None or record.extension in IMAGE_EXTENSIONS, (
