@@ -72,7 +72,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises ValueError for floating-point pixels, whose range is unknown.
     """
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
         levels_HW = np.asarray(image).astype(np.int64) >> 8
         image = Image.fromarray(levels_HW.clip(0, 255).astype(np.uint8))
@@ -81,4 +81,4 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
