@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -237,6 +240,44 @@ def test_a_worker_that_is_gone_is_noticed(shards):
     with pytest.raises(RuntimeError, match=r"exit code 7"):
         next(stream)
     stream.close()
+
+
+SCRIPT = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from tests.data.test_loader import make_stream
+
+stream = iter(make_stream({directory!r}, workers=2))
+next(stream)
+print(*(process.pid for process in stream._workers._processes), flush=True)
+if {wait}:
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("end", ["kill", "leave"])
+def test_no_worker_outlives_its_parent(shards, end):
+    """Neither after kill -9 nor where the program ends without closing the stream."""
+    root = str(Path(__file__).parents[2])
+    script = SCRIPT.format(root=root, directory=str(shards[0]), wait=end == "kill")
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(workers) == 2
+        if end == "kill":
+            assert all(Path(f"/proc/{pid}").exists() for pid in workers)
+            parent.kill()
+        assert parent.wait(timeout=30) == (-9 if end == "kill" else 0)
+    deadline = time.monotonic() + 20
+    while any(is_alive(pid) for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_read_samples_is_every_sample_in_order(shards):
