@@ -79,8 +79,11 @@ def pretrain(options: argparse.Namespace, topology: Topology) -> int:
     topology.raise_together(error)
     assert prepared is not None
     if topology.rank == 0:
-        begin_run_dir(prepared, topology)
-    topology.barrier()
+        try:
+            begin_run_dir(prepared, topology)
+        except OSError as mistake:
+            error = UserError(f"cannot write to {prepared['run_dir']}: {mistake.strerror}")
+    topology.raise_together(error)
     return Run(topology=topology, **prepared).train()
 
 

@@ -25,6 +25,8 @@ from eve.errors import UserError
 from eve.parallel.topology import Topology
 
 MARKER = "complete.json"
+# How torch.save reports that the disk did not take what it wrote.
+WRITE_FAILED = "PytorchStreamWriter|inline_container|iostream error"
 
 
 class CheckpointStore:
@@ -107,8 +109,7 @@ def _user_error(action: Callable[[], None], leftover: Path | None) -> UserError 
     except UserError as error:
         return error
     except (OSError, RuntimeError) as error:
-        # torch.save turns a write that failed into a RuntimeError of its archive writer.
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search(WRITE_FAILED, str(error)):
             raise
         reason = error.strerror if isinstance(error, OSError) else "the disk is full or not writable"
         where = leftover.parent if leftover else "the run directory"
