@@ -338,7 +338,7 @@ def read_samples(
 
 
 def _in_order(shard_set: ShardSet, maker: SampleMaker) -> Iterator[Read]:
-    files = LocalShards(shard_set) if shard_set.local else None
+    files = LocalShards(shard_set, max_indexed=0) if shard_set.local else None
     index = 0
     for number, shard in enumerate(shard_set.shards):
         streamed = None if files else stream_shard(shard, 0, maker.wanted)

@@ -87,7 +87,14 @@ class Mixture:
 
     def open(self, readers: Iterable[int], wanted: Callable[[str], bool]) -> list[MixedReader]:
         """These virtual readers at their start. `wanted` tells which extensions to read."""
-        files = [LocalShards(shard_set) if shard_set.local else None for shard_set in self.sets]
+        readers = list(readers)
+        # A reader goes back and forth over less than two shuffle buffers, and a shard more at either end.
+        files = [
+            LocalShards(shard_set, len(readers) * 2 * (self.shuffle_buffer + max(shard_set.counts)))
+            if shard_set.local
+            else None
+            for shard_set in self.sets
+        ]
         orders = [
             Order(key_of(self.seed, "order", number), shard_set.counts, self.num_readers, self.shuffle_buffer)
             for number, shard_set in enumerate(self.sets)

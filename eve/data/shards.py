@@ -41,9 +41,8 @@ from eve.errors import UserError
 # Attempts at a shard that is streamed, and seconds between them.
 ATTEMPTS = 3
 PAUSE = 1.0
-# What a process keeps of local shards: open files, and samples (0.5 KB each) whose place it remembers.
+# Files of local shards that a process keeps open.
 MAX_OPEN_FILES = 64
-MAX_INDEXED_SAMPLES = 500_000
 
 CUT_SHORT = "missing from a shard that is cut short"
 
@@ -231,8 +230,10 @@ def _fetch_manifest(where: str) -> dict[str, int]:
 class LocalShards:
     """Samples of local tars by (shard number, position), read by offset. One for each process."""
 
-    def __init__(self, shard_set: ShardSet) -> None:
-        self._shards = shard_set.shards
+    def __init__(self, shard_set: ShardSet, max_indexed: int) -> None:
+        """`max_indexed`: samples whose place in their tar is remembered (0.5 KB each), by whole shards. What is
+        read in turns should fit: a shard that was forgotten is scanned again."""
+        self._shards, self._max_indexed = shard_set.shards, max_indexed
         self._files: OrderedDict[int, int] = OrderedDict()
         self._indices: OrderedDict[int, TarIndex] = OrderedDict()
         self._num_indexed = 0
@@ -264,7 +265,7 @@ class LocalShards:
             )
         self._indices[shard] = index
         self._num_indexed += len(index.samples)
-        while self._num_indexed > MAX_INDEXED_SAMPLES and len(self._indices) > 1:
+        while self._num_indexed > self._max_indexed and len(self._indices) > 1:
             self._num_indexed -= len(self._indices.popitem(last=False)[1].samples)
         return index
 

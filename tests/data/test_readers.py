@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eve.config import Data, Source
 from eve.data import shards as shards_module
 from eve.data.manifest import ShardInfo, write_manifest
+from eve.data.mixture import Mixture
 from eve.data.readers import Order, Reader
 from eve.data.shards import BadSample, LocalShards, RawSample, resolve
 from eve.errors import UserError
@@ -113,10 +115,14 @@ def wanted(extension: str) -> bool:
     return extension == "txt"
 
 
-def make_reader(pattern: str, reader: int, num_readers: int, buffer: int = 4) -> Reader:
+def make_reader(
+    pattern: str, reader: int, num_readers: int, buffer: int = 4, max_indexed: int = 100
+) -> Reader:
     shard_set = resolve(pattern)
     order = Order(9, shard_set.counts, num_readers, buffer)
-    return Reader(shard_set, order, reader, wanted, LocalShards(shard_set) if shard_set.local else None)
+    return Reader(
+        shard_set, order, reader, wanted, LocalShards(shard_set, max_indexed) if shard_set.local else None
+    )
 
 
 def describe(read) -> tuple:
@@ -170,6 +176,24 @@ def test_goes_on_from_any_cursor(tmp_path, streamed):
         resumed = make_reader(pattern, 1, 2)
         resumed.cursor = cursors[cut]
         assert [describe(read) for read in islice(resumed, 25 - cut)] == reads[cut:]
+
+
+def test_the_index_that_a_mixture_allows_is_enough(tmp_path, monkeypatch):
+    """Two readers in turns over shards of 5 with a buffer of 4: each shard is scanned once or twice an epoch
+    (it may be shared), never for each sample; and one remembered shard is enough to be right."""
+    make_set(tmp_path, [5] * 12)
+    scans = []
+    scan = shards_module.scan_tar
+    monkeypatch.setattr(shards_module, "scan_tar", lambda path: scans.append(path) or scan(path))
+    source = {"kind": "text", "mix": [{"shards": str(tmp_path)}], "batch_size": 2}
+    data = {"tokenizer": "-", "num_readers": 2, "shuffle_buffer": 4, "sources": {}}
+    mixture = Mixture.of(Source.model_validate(source), Data.model_validate(data), seed=1)
+    readers = mixture.open([0, 1], wanted)
+    keys = [next(reader).raw.key for _ in range(30) for reader in readers]
+    assert len(set(keys)) == 60
+    assert len(scans) <= 24
+    few = make_reader(str(tmp_path), 0, 1, buffer=30, max_indexed=0)
+    assert len({read.raw.key for read in islice(few, 60)}) == 60
 
 
 def test_streamed_and_local_give_the_same(tmp_path):
