@@ -231,8 +231,8 @@ class LocalShards:
     """Samples of local tars by (shard number, position), read by offset. One for each process."""
 
     def __init__(self, shard_set: ShardSet, max_indexed: int) -> None:
-        """`max_indexed`: samples whose place in their tar is remembered (0.5 KB each), by whole shards. What is
-        read in turns should fit: a shard that was forgotten is scanned again."""
+        """`max_indexed`: samples whose place in their tar is remembered (0.5 KB each), by whole shards. What
+        is read in turns should fit: a shard that was forgotten is scanned again."""
         self._shards, self._max_indexed = shard_set.shards, max_indexed
         self._files: OrderedDict[int, int] = OrderedDict()
         self._indices: OrderedDict[int, TarIndex] = OrderedDict()
