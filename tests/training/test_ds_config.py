@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from eve.training.ds_config import (
+    DS_CONFIGS,
+    ENGINE_KEYS,
+    precision,
+    read_ds_config,
+    resolve_ds_config,
+    zero_stage,
+)
+from tests.tiny import tiny_recipe
+
+CONFIGS = sorted(path.name for path in DS_CONFIGS.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_says_what_its_name_says(name: str) -> None:
+    tree = read_ds_config(DS_CONFIGS / name)
+    stage, kind = (0, "fp32") if name == "fp32.json" else (int(name[4]), name[6:10])
+    assert (zero_stage(tree), precision(tree)) == (stage, kind)
+    # Defaults of DeepSpeed change between releases: everything that matters is written out.
+    for key in (
+        "gradient_clipping",
+        "bf16",
+        "fp16",
+        "data_types",
+        "communication_data_type",
+        "prescale_gradients",
+    ):
+        assert key in tree
+    if stage:
+        assert {"overlap_comm", "reduce_bucket_size", "contiguous_gradients"} <= tree[
+            "zero_optimization"
+        ].keys()
+    assert tree["bf16"]["check_grad_overflow"] is True
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_deepspeed_accepts_every_config(name: str, tiny: Path) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    recipe = tiny_recipe(tiny, 'model.feed_forward=[{blocks: "0-1", router: modality}]')
+    tree = read_ds_config(DS_CONFIGS / name)
+    resolved, _ = resolve_ds_config(tree, recipe, recipe.stages[0], 1, cuda=True, where=name)
+    assert "auto" not in json.dumps(resolved)
+    config = DeepSpeedConfig(resolved)
+    assert config.train_batch_size == 32
+    assert config.gradient_accumulation_steps == 2
+    assert config.gradient_clipping == recipe.optimizer.clip
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch", "passes", "train_batch_size"),
+    [(1, "null", 2, 32), (2, "null", 2, 32), (2, "4", 4, 32), (4, "1", 8, 32), (1, "2", 16, 32)],
+)
+def test_accumulation_counts_micro_batches_times_streams(
+    world_size: int, micro_batch: str, passes: int, train_batch_size: int, tiny: Path
+) -> None:
+    recipe = tiny_recipe(tiny, f"training.micro_batch_size={micro_batch}")
+    resolved, plan = resolve_ds_config({}, recipe, recipe.stages[0], world_size, cuda=False, where="")
+    assert resolved["gradient_accumulation_steps"] == plan.passes(recipe.stages[0]) == passes
+    assert resolved["train_batch_size"] == train_batch_size
+    assert plan.share["pairs"] == 16 // world_size
+
+
+def test_numbers_that_agree_are_accepted(tiny: Path) -> None:
+    recipe = tiny_recipe(tiny)
+    tree = {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 4, "gradient_clipping": 3.0}
+    resolved, plan = resolve_ds_config(tree, recipe, recipe.stages[0], 1, cuda=False, where="")
+    assert plan.micro_batches("pairs") == 2
+    assert resolved["train_batch_size"] == 32
+
+
+def test_the_installed_deepspeed_is_the_pinned_one() -> None:
+    pins = (Path(__file__).parents[2] / "requirements.txt").read_text()
+    assert f"deepspeed=={metadata.version('deepspeed')}" in pins
+    assert "optimizer" not in ENGINE_KEYS
