@@ -2,7 +2,8 @@
 
     python tools/plot_metrics.py runs/eve_tiny [runs/other ...] [--output curves.png] [--panels loss lr ...]
 
-A panel shows every metric that is called `PANEL` or `PANEL/...`. Runs are told apart by line style,
+A panel shows every metric that is called `PANEL` or `PANEL/...`; without --panels, the losses one by one
+and the usual rest. Runs are told apart by line style,
 the metrics of a panel by colour. Needs matplotlib (requirements-dev.txt).
 """
 
@@ -21,7 +22,8 @@ from eve.errors import UserError
 
 Curve = tuple[list[int], list[float]]
 
-PANELS = ("loss", "lr", "grad_norm", "time/pairs_per_second")
+# Shown where they are, after a panel for the loss of each stream.
+PANELS = ("accuracy", "grad_norm", "lr", "time/pairs_per_second")
 LINE_STYLES = ("-", "--", ":", "-.")
 
 
@@ -45,6 +47,12 @@ def read_curves(run: Path) -> dict[str, Curve]:
             steps.append(step)
             values.append(math.nan if value is None else value)
     return curves
+
+
+def default_panels(runs: dict[str, dict[str, Curve]]) -> list[str]:
+    names = list(dict.fromkeys(name for curves in runs.values() for name in curves))
+    losses = [name for name in names if _shows("loss", name)]
+    return losses + [panel for panel in PANELS if any(_shows(panel, name) for name in names)]
 
 
 def draw_curves(runs: dict[str, dict[str, Curve]], panels: Sequence[str], output: Path) -> None:
@@ -89,11 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--output", type=Path, default=Path("curves.png"))
-    parser.add_argument("--panels", nargs="+", default=PANELS)
+    parser.add_argument("--panels", nargs="+")
     options = parser.parse_args(arguments)
     try:
         curves = {str(run): read_curves(run) for run in options.runs}
-        draw_curves(curves, options.panels, options.output)
+        draw_curves(curves, options.panels or default_panels(curves), options.output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

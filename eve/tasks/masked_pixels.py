@@ -48,7 +48,8 @@ def mean_colours(samples: Sequence[Sample], patch_size: int, normalised: bool, b
     """Over all patches, masked or not."""
     totals, number = torch.zeros(2, 3, dtype=torch.float64), 0
     for start in range(0, len(samples), batch_size):
-        images = torch.from_numpy(np.stack([s.image_CHW for s in samples[start : start + batch_size]]))
+        images = collate(samples[start : start + batch_size]).images_BCHW
+        assert images is not None
         raw_BPC = to_float(patchify(images, patch_size))
         for row, patches_BPC in enumerate((image_target(raw_BPC, normalised), raw_BPC)):
             totals[row] += patches_BPC.unflatten(-1, (3, -1)).double().mean((1, 3)).sum(0)

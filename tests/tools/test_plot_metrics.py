@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from eve.errors import UserError
-from tools.plot_metrics import main, read_curves
+from tools.plot_metrics import default_panels, main, read_curves
 
 
 @pytest.fixture
@@ -28,6 +28,10 @@ def test_curves_are_the_numbers_of_the_file(run):
     assert curves["router/x"] == ([10], [0.5])
     assert curves["loss/a"][1][0] == 2.0
     assert math.isnan(curves["loss/a"][1][1])
+
+
+def test_each_loss_has_its_panel_and_the_rest_where_it_exists(run):
+    assert default_panels({"run": read_curves(run)}) == ["loss/a", "lr"]
 
 
 def test_a_picture_is_written_with_ink_on_it(run, tmp_path):
