@@ -95,7 +95,8 @@ class TopKRouter(nn.Module):
         num_experts, num_choices = config.num_experts, config.k
         first_E = count(expert_TK[:, 0], num_experts).float()
         # Shares of the tokens of all ranks, so that the loss does not depend on how many there are.
-        mean_E = self.mean_over_ranks(first_E)
+        # Evaluation may run on one rank alone and must not wait for the others.
+        mean_E = self.mean_over_ranks(first_E) if self.training else first_E
         balance = losses.load_balance(mean_E, probability_TE.sum(0), mean_E.sum().clamp_min(1))
         aux_loss = config.load_balance_weight * balance
         z_loss = torch.zeros_like(balance)

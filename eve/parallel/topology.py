@@ -60,7 +60,7 @@ class Topology:
             return
         cuda = self.device.type == "cuda"
         # A launcher gives an address to meet at; a single process meets nobody.
-        store = dist.HashStore() if self.world_size == 1 else None
+        store = dist.HashStore() if self.world_size == 1 else None  # pyright: ignore
         # DeepSpeed asks for this one by name.
         os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
         dist.init_process_group(
@@ -81,6 +81,12 @@ class Topology:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over ranks; the tensor stays as it is."""
+        if self.world_size == 1:
+            return tensor
+        return self.all_reduce_sum(tensor.clone()) / self.world_size
 
     def gather_objects(self, item: Item) -> list[Item]:
         """The items of all ranks in their order, on every rank. Synchronises the host."""

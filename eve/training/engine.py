@@ -6,9 +6,8 @@ A step is several forward and backward passes (micro-batches x streams) and one 
     engine.backward(loss * weight, last=...)     # ... for each pass
     engine.step(learning_rate)
 
-With ZeRO stage 0 and 1 gradients are reduced over the ranks once, with the last backward; stages 2
-and 3 reduce them with each, as they keep no whole gradient. The loss of a pass is already divided by
-what the whole step counts, so DeepSpeed's own division by `gradient_accumulation_steps` is switched off.
+Gradients are reduced over the ranks once, with the last backward; only ZeRO stage 2 reduces them with
+each, as it keeps no whole gradient. The loss of a pass is already divided by what the whole step counts, so DeepSpeed's own division by `gradient_accumulation_steps` is switched off.
 """
 
 from __future__ import annotations
@@ -50,6 +49,7 @@ class Engine:
         topology.join()
         self.zero_stage = zero_stage(config)
         self.module = module
+        self._coalescing: Any = None
         clips = self.zero_stage == 0
         module.to(topology.device)
         self._engine, *_ = deepspeed.initialize(
@@ -59,6 +59,13 @@ class Engine:
             config={**config, "gradient_clipping": 0.0} if clips else config,
             dist_init_required=False,
         )
+        if self.zero_stage == 3:
+            # Its hooks gather a module's own parameters for the backward when they see tensors among its
+            # outputs, and the encoder returns a dataclass. What is not in leaves is small: the root keeps it.
+            for parent in module.model.modules():
+                if any(True for _ in parent.children()):
+                    for parameter in parent.parameters(recurse=False):
+                        deepspeed.zero.register_external_parameter(module, parameter)
         module.train()
 
     def forward(
@@ -68,8 +75,17 @@ class Engine:
         return self._engine(stream, batch, units, aux_weight)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
+        if self.zero_stage == 3 and self._coalescing is None:
+            # Reducing with each backward, stage 3 adds the gradient of a parameter that the first pass does
+            # not use to that of the step before (0.19.8).
+            self._coalescing = self._engine.coalesce_grad_reduction()
+            self._coalescing.__enter__()
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss, scale_wrt_gas=False)
+        if last and self._coalescing is not None:
+            self._coalescing.__exit__(None, None, None)
+            self._coalescing = None
+            self._engine.set_gradient_accumulation_boundary(True)
 
     def step(self, learning_rate: float) -> bool:
         """Updates the parameters; False where the gradient was not finite and nothing was changed.

@@ -8,7 +8,7 @@ rank what the whole step counts (`units`), and that some rank wants to stop or h
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eve.config import Recipe, Stage, Stream
-from eve.data.batch import Batch, Sample, collate
+from eve.data.batch import Batch, collate
 from eve.data.loader import SourceStream
 from eve.data.tokenizer import Tokenizer
 from eve.errors import UserError
@@ -61,7 +61,8 @@ class StepFeed:
     ) -> None:
         self.stage, self.plan, self.objectives, self.topology = stage, plan, objectives, topology
         self.error: UserError | None = None
-        self._sources: dict[str, Iterator[tuple[list[Sample], dict[str, Any]]]] = {}
+        # Iterators of SourceStream, which have a `close` besides.
+        self._sources: dict[str, Any] = {}
         for name in sorted({stream.source for stream in stage.streams}):
             stream = SourceStream(
                 recipe.data.sources[name],
@@ -129,8 +130,7 @@ class StepFeed:
     def close(self) -> None:
         """Ends the worker processes."""
         for source in self._sources.values():
-            if hasattr(source, "close"):
-                source.close()
+            source.close()
 
 
 def _num_units(stream: Stream) -> int:

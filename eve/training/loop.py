@@ -23,7 +23,7 @@ from torch import Tensor
 
 from eve.config import Recipe, Stage
 from eve.data.batch import Batch
-from eve.data.loader import merge_states
+from eve.data.loader import bad_samples, merge_states
 from eve.data.tokenizer import Tokenizer
 from eve.errors import UserError
 from eve.objectives import ObjectiveOutput
@@ -99,6 +99,7 @@ class Run:
         self.window.load(state.window, topology)
         self.monitor = Monitor(run_dir, recipe, topology, start_step=state.step)
         self.stop = StopRequest()
+        self._bad_samples = 0
 
     def train(self) -> int:
         """Runs what is left of all stages. Returns the exit code: 0, or 128 + the signal that stopped it."""
@@ -128,7 +129,7 @@ class Run:
             cuda=self.topology.device.type == "cuda",
             where=self.ds_where,
         )
-        module = build_stage(self.recipe, stage, previous)
+        module = build_stage(self.recipe, stage, previous, self.topology)
         engine = Engine(module, self.recipe.optimizer, config, self.topology)
         if self.checkpoint is not None:
             engine.load(self.checkpoint, "engine")
@@ -171,7 +172,7 @@ class Run:
                 self._skip(stage, outputs, current)
             last = state.step == last_step
             if last or state.step % training.log_every == 0:
-                self._log(rate, meter)
+                self._log(rate, meter, current)
             with meter.paused():
                 if last or state.step % training.images_every == 0:
                     self._pictures(engine, current)
@@ -233,15 +234,29 @@ class Run:
                 f"{what}; number {state.skipped_in_a_row} in a row, past training.max_skipped_steps {limit}"
             )
 
-    def _log(self, rate: float, meter: Meter) -> None:
+    def _log(self, rate: float, meter: Meter, data: StepData) -> None:
         sums = self.window.fetch(self.topology)
         metrics = means(sums)
         if "norm" in sums:
             metrics["grad_norm"] = float(sums["norm"][0] / sums["norm"][1])
         metrics["lr"] = rate
         metrics["skipped_steps"] = float(self.state.skipped_steps)
+        metrics["bad_samples"] = self._count_bad_samples(data)
         self.monitor.log(self.state.step, metrics, meter.read())
         self.monitor.log_router(self.state.step, router_stats(sums))
+
+    def _count_bad_samples(self, data: StepData) -> float:
+        """Of all ranks since the first step; where there are more than at the last line, some by name."""
+        mine = [bad_samples(state) for state in data.states.values()]
+        number = torch.tensor(float(sum(bad.bad for bad in mine)), device=self.topology.device)
+        number = int(self.topology.all_reduce_sum(number))
+        if number > self._bad_samples:
+            everywhere = self.topology.gather_objects([first for bad in mine for first in bad.first])
+            named = [f"{key} of {shard} ({reason})" for rank in everywhere for shard, key, reason in rank]
+            if self.topology.rank == 0:
+                print(f"{number} broken samples were left out so far: {', '.join(named[:8])}", flush=True)
+        self._bad_samples = number
+        return float(number)
 
     def _pictures(self, engine: Engine, data: StepData) -> None:
         """Of the first batch of each source, as the step has just seen it. Drawn by rank 0 for its own batch;

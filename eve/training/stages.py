@@ -8,18 +8,23 @@ from torch import Tensor
 
 from eve.config import Recipe, Stage
 from eve.model import build_model
+from eve.model.layers import Layers
 from eve.objectives import build_objective
+from eve.parallel.topology import Topology
 from eve.training.engine import EngineModule
 from eve.training.export import load_weights
 from eve.training.optimizer import freeze
 
 
-def build_stage(recipe: Recipe, stage: Stage, previous: dict[str, Tensor] | None) -> EngineModule:
+def build_stage(
+    recipe: Recipe, stage: Stage, previous: dict[str, Tensor] | None, topology: Topology
+) -> EngineModule:
     """The model and the objectives of a stage.
 
     Weights come from, the first that is there: 1. `init_from`, 2. the stage before (`previous`), 3. the seed.
     """
-    model = build_model(recipe.model, seed=recipe.seed)
+    layers = Layers(mean_over_ranks=topology.mean)
+    model = build_model(recipe.model, seed=recipe.seed, layers=layers)
     if stage.init_from is not None:
         load_weights(model, Path(stage.init_from))
     elif previous is not None:
