@@ -30,7 +30,7 @@ test: setup-dev  ## all tests
 lint: setup-dev  ## ruff and pyright
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/pyright
+	@$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: setup-dev  ## ruff's formatting and safe fixes
 	@$(BIN)/ruff check --fix .

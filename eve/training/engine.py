@@ -7,7 +7,8 @@ A step is several forward and backward passes (micro-batches x streams) and one 
     engine.step(learning_rate)
 
 Gradients are reduced over the ranks once, with the last backward; only ZeRO stage 2 reduces them with
-each, as it keeps no whole gradient. The loss of a pass is already divided by what the whole step counts, so DeepSpeed's own division by `gradient_accumulation_steps` is switched off.
+each, as it keeps no whole gradient. The loss of a pass is already divided by what the whole step counts,
+so DeepSpeed's own division by `gradient_accumulation_steps` is switched off.
 """
 
 from __future__ import annotations

@@ -259,10 +259,8 @@ class Run:
         return float(number)
 
     def _pictures(self, engine: Engine, data: StepData) -> None:
-        """Of the first batch of each source, as the step has just seen it. Drawn by rank 0 for its own batch;
-        ZeRO stage 3 needs all ranks for a forward pass."""
-        if self.topology.rank != 0 and engine.zero_stage < 3:
-            return
+        """Of the first batch of each source, as the step has just seen it; the monitor keeps those of rank 0.
+        All ranks run the forward passes: ZeRO stage 3 gathers weights from them."""
         first: dict[str, Batch] = {}
         for stream, batch in data.passes:
             first.setdefault(stream.source, batch)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eve.config import Recipe
-from eve.data.batch import Batch, collate
+from eve.data.batch import collate
 from eve.data.loader import read_samples
 from eve.data.tokenizer import Tokenizer
 from eve.objectives import build_objective
@@ -127,4 +127,6 @@ def test_two_ranks_equal_one_plain_process(
         assert norms == pytest.approx(expected_norms, rel=1e-4)
         assert weights.keys() == expected.keys()
         for name, weight in expected.items():
-            torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                weights[name], weight, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
