@@ -49,19 +49,19 @@ class FeedForward(Section):
     blocks: Blocks
     router: Literal["shared", "modality", "topk"]
     # The keys below are for `topk` only.
-    num_experts: int = Field(2, ge=1)
-    k: int = Field(2, ge=1)
+    num_experts: int = Field(default=2, ge=1)
+    k: int = Field(default=2, ge=1)
     # none: the gate sees x. gate: the gate sees x + b_modality (the paper's formula).
     # dispatch: the experts see x + b_modality as well (what the official EVE code does).
     modality_vector: Literal["none", "gate", "dispatch"] = "gate"
     # Weights of a token's kept choices are divided by their sum.
     renormalise: bool = True
     # Slots of an expert are ceil(capacity_factor * k * T / E); 0 is dropless.
-    capacity_factor: float = Field(0.0, ge=0)
-    capacity_factor_eval: float = Field(0.0, ge=0)
-    min_capacity: int = Field(4, ge=1)
-    load_balance_weight: float = Field(0.001, ge=0)
-    z_loss_weight: float = Field(0.0, ge=0)
+    capacity_factor: float = Field(default=0.0, ge=0)
+    capacity_factor_eval: float = Field(default=0.0, ge=0)
+    min_capacity: int = Field(default=4, ge=1)
+    load_balance_weight: float = Field(default=0.001, ge=0)
+    z_loss_weight: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> FeedForward:
@@ -73,32 +73,32 @@ class FeedForward(Section):
 class Decoder(Section):
     """The light decoder of masked image modelling (MAE; PAPERS.md 6.9)."""
 
-    depth: int = Field(8, ge=1)
-    width: int = Field(512, ge=1)
-    heads: int = Field(16, ge=1)
+    depth: int = Field(default=8, ge=1)
+    width: int = Field(default=512, ge=1)
+    heads: int = Field(default=16, ge=1)
 
 
 class Model(Section):
-    image_size: int = Field(224, ge=1)
-    patch_size: int = Field(16, ge=1)
-    width: int = Field(768, ge=1)
-    depth: int = Field(12, ge=1)
-    heads: int = Field(12, ge=1)
-    hidden: int = Field(3072, ge=1)
-    vocab_size: int = Field(64000, ge=8)
+    image_size: int = Field(default=224, ge=1)
+    patch_size: int = Field(default=16, ge=1)
+    width: int = Field(default=768, ge=1)
+    depth: int = Field(default=12, ge=1)
+    heads: int = Field(default=12, ge=1)
+    hidden: int = Field(default=3072, ge=1)
+    vocab_size: int = Field(default=64000, ge=8)
     # Longest text in tokens, [CLS] and [SEP] included; longer ones are cut.
-    max_text_length: int = Field(40, ge=3)
+    max_text_length: int = Field(default=40, ge=3)
     # Rows of the table of text positions.
-    text_positions: int = Field(196, ge=3)
+    text_positions: int = Field(default=196, ge=3)
     activation: Literal["gelu", "quick_gelu"] = "quick_gelu"
     layer_scale: float | None = 0.1
-    drop_path: float = Field(0.1, ge=0, lt=1)
-    text_dropout: float = Field(0.1, ge=0, lt=1)
+    drop_path: float = Field(default=0.1, ge=0, lt=1)
+    text_dropout: float = Field(default=0.1, ge=0, lt=1)
     # A LayerNorm over the embeddings before the first block.
     embedding_norm: bool = True
-    norm_eps: float = Field(1e-6, gt=0)
+    norm_eps: float = Field(default=1e-6, gt=0)
     # Truncated normal, cut at one standard deviation.
-    init_std: float = Field(0.02, gt=0)
+    init_std: float = Field(default=0.02, gt=0)
     # Divide what a block's two branches write by sqrt(2 * block), blocks counted from 1.
     rescale_init: bool = False
     feed_forward: tuple[FeedForward, ...]
@@ -144,7 +144,7 @@ class Shards(Section):
     """One set of shards of a source. `shards`: a path, glob, brace pattern, URL or `pipe:` command."""
 
     shards: str
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
 
 
 class Source(Section):
@@ -164,10 +164,10 @@ class Source(Section):
 class Data(Section):
     tokenizer: str
     # Virtual readers: the order of the data depends on this number and on the seed, not on the machine.
-    num_readers: int = Field(8, ge=1)
-    shuffle_buffer: int = Field(4096, ge=1)
+    num_readers: int = Field(default=8, ge=1)
+    shuffle_buffer: int = Field(default=4096, ge=1)
     # Share of broken samples past which the run stops.
-    max_bad_share: float = Field(0.01, ge=0, le=1)
+    max_bad_share: float = Field(default=0.01, ge=0, le=1)
     sources: dict[str, Source]
 
     @model_validator(mode="after")
@@ -187,18 +187,18 @@ class Stream(Section):
     name: str
     source: str
     objective: Literal["masked_image", "masked_text", "masked_pair"]
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0)
     # masked_image and masked_pair
-    image_ratio: float = Field(0.75, gt=0, lt=1)
+    image_ratio: float = Field(default=0.75, gt=0, lt=1)
     image_masking: Literal["random", "block"] = "random"
     # Targets: pixels of a patch minus their mean over their standard deviation, or raw in [-1, 1].
     normalise_pixels: bool = True
     # masked_text and masked_pair
-    text_ratio: float = Field(0.5, gt=0, lt=1)
+    text_ratio: float = Field(default=0.5, gt=0, lt=1)
     text_masking: Literal["token", "word"] = "token"
     # Of the chosen tokens: share that becomes [MASK], share that becomes a random word; the rest stays.
-    mask_share: float = Field(0.8, ge=0, le=1)
-    random_share: float = Field(0.1, ge=0, le=1)
+    mask_share: float = Field(default=0.8, ge=0, le=1)
+    random_share: float = Field(default=0.1, ge=0, le=1)
 
     @model_validator(mode="after")
     def _check(self) -> Stream:
@@ -214,7 +214,7 @@ class Stage(Section):
     steps: int = Field(ge=1)
     streams: tuple[Stream, ...] = Field(min_length=1)
     lr: float = Field(gt=0)
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     # Name patterns (fnmatch) of the parameters that learn.
     trainable: tuple[str, ...] = ("*",)
@@ -235,34 +235,34 @@ class Optimizer(Section):
     """AdamW. Norms, biases, embeddings and gains get no weight decay."""
 
     betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
     # Largest gradient norm; null does not clip.
-    clip: float | None = Field(3.0, gt=0)
+    clip: float | None = Field(default=3.0, gt=0)
 
 
 class Training(Section):
     """How the run goes; none of these changes the result but `max_skipped_steps`."""
 
     # Samples of one forward pass on one device; null is the whole share of the rank.
-    micro_batch_size: int | None = Field(None, ge=1)
+    micro_batch_size: int | None = Field(default=None, ge=1)
     activation_checkpointing: bool = False
     compile: bool = False
-    num_workers: int = Field(1, ge=0)
-    log_every: int = Field(10, ge=1)
-    images_every: int = Field(1000, ge=1)
-    checkpoint_every: int = Field(1000, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    num_workers: int = Field(default=1, ge=0)
+    log_every: int = Field(default=10, ge=1)
+    images_every: int = Field(default=1000, ge=1)
+    checkpoint_every: int = Field(default=1000, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     # Steps in a row with a loss or gradient norm that is not finite before the run stops; each is skipped.
-    max_skipped_steps: int = Field(10, ge=0)
+    max_skipped_steps: int = Field(default=10, ge=0)
 
 
 class Evaluation(Section):
-    """Held-out shards by name of the cell (e.g. unseen concept x seen style), and how many samples of each."""
+    """Held-out shards by name of the cell (as unseen concept, seen style), and how many samples of each."""
 
     shards: dict[str, str] = {}
-    max_samples: int = Field(2000, ge=1)
-    batch_size: int = Field(64, ge=1)
+    max_samples: int = Field(default=2000, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     # Metadata field of the samples that the probes predict; null runs no probe.
     label: str | None = None
 
@@ -334,10 +334,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node: Any = tree
     *parents, last = key.split(".")
     for depth, part in enumerate(parents):
-        if isinstance(node, list):
-            node = node[_index(node, part, key)]
-        else:
-            node = node.setdefault(part, {})
+        node = node[_index(node, part, key)] if isinstance(node, list) else node.setdefault(part, {})
         if not isinstance(node, dict | list):
             found = ".".join(parents[: depth + 1])
             raise UserError(f"override '{override}': {found} is the value {node!r}, not a section")

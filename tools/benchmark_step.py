@@ -129,9 +129,7 @@ def padded_step(recipe: Recipe, device: torch.device) -> Callable[[Batch], None]
     def image(batch: Batch, name: str) -> Tensor:
         masked_BM = batch.masks[name]["masked_M"]
         encoded = encode(model, batch, batch.tokens_N)  # pyright: ignore
-        hidden_BMD = encoded.images_BID[:, 1:].gather(
-            1, masked_BM[..., None].expand(-1, -1, config.width)
-        )
+        hidden_BMD = encoded.images_BID[:, 1:].gather(1, masked_BM[..., None].expand(-1, -1, config.width))
         stream = next(s for s in stage.streams if s.name == name)
         total, _ = image_loss(pixels(hidden_BMD), batch, masked_BM, config.patch_size, stream)
         return total / masked_BM.numel() + encoded.aux_loss()
@@ -197,7 +195,9 @@ def measure(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default="eve_tiny")
     parser.add_argument("--deepspeed_config", default="ds_configs/fp32.json")
     parser.add_argument("--batches", type=int, default=8)
@@ -219,7 +219,9 @@ def main() -> int:
     seconds = measure(steps, batches, options.rounds, topology.device)
     size = batches[0].size
     print(f"{recipe.name}: {size} pairs a step, {topology.describe()}, torch {torch.__version__}")
-    print(f"{'':8} {'s/step':>8} {'pairs/s':>8} {'vs plain':>9}   (median of {options.rounds} rounds; min..max)")
+    print(
+        f"{'':8} {'s/step':>8} {'pairs/s':>8} {'vs plain':>9}   (median of {options.rounds} rounds; min..max)"
+    )
     for name, values in seconds.items():
         ratios = [a / b for a, b in zip(values, seconds["plain"], strict=True)]
         median = statistics.median(values)

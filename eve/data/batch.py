@@ -77,9 +77,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
     first = samples[0]
     images = tokens = None
     if first.image_CHW is not None:
-        images = torch.from_numpy(np.stack([sample.image_CHW for sample in samples]))
+        images = torch.from_numpy(np.stack([sample.image_CHW for sample in samples]))  # pyright: ignore
     if first.tokens_N is not None:
-        tokens = torch.from_numpy(np.concatenate([sample.tokens_N for sample in samples]))
+        tokens = torch.from_numpy(np.concatenate([sample.tokens_N for sample in samples]))  # pyright: ignore
     return Batch(
         samples=list(samples),
         seed_B=torch.tensor([sample.seed for sample in samples], dtype=torch.int64),

@@ -1,17 +1,13 @@
-"""Checks an image's bytes by decoding them, and makes it smaller on request.
-
-Shape suffixes: H height, W width.
-"""
+"""Checks an image's bytes by decoding them, and makes it smaller on request."""
 
 from __future__ import annotations
 
 import io
 import warnings
 
-import numpy as np
 from PIL import Image, ImageOps
 
-from eve.data.transforms import MAX_PIXELS
+from eve.data.transforms import MAX_PIXELS, to_resizable
 
 _EXTENSIONS = {
     **{"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"},
@@ -68,17 +64,7 @@ def _fit(size: tuple[int, int], short: int) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of the first frame: upright, palettes resolved, transparent parts white, 16 bits scaled to 8.
-
-    Raises ValueError for floating-point pixels, whose range is unknown.
-    """
+    """RGB of the first frame, upright."""
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):
-        levels_HW = np.asarray(image).astype(np.int64) >> 8
-        image = Image.fromarray(levels_HW.clip(0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("pixels are floating-point numbers of unknown range")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+    image = to_resizable(image)
     return image if image.mode == "RGB" else image.convert("RGB")

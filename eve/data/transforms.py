@@ -139,7 +139,7 @@ def crop_and_resize(image: Image.Image, box: Box, orientation: int, size: int) -
         box = to_stored(*box, *shown)
     if image.format in ("JPEG", "MPO"):
         box = _draft(image, box, size)
-    image = _to_resizable(image)
+    image = to_resizable(image)
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
     if image.mode != "RGB":
         image = image.convert("RGB")
@@ -156,8 +156,11 @@ def _draft(image: Image.Image, box: Box, size: int) -> Box:
     return box[0] / scale, box[1] / scale, box[2] / scale, box[3] / scale
 
 
-def _to_resizable(image: Image.Image) -> Image.Image:
-    """A mode whose pixels may be averaged, without transparency."""
+def to_resizable(image: Image.Image) -> Image.Image:
+    """A mode whose pixels may be averaged: palettes resolved, transparent parts white, 16 bits scaled to 8.
+
+    Raises UnusableImage for floating-point pixels, whose range is unknown.
+    """
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

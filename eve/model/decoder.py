@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from eve.config import Decoder as DecoderConfig
 from eve.config import FeedForward, Model
 from eve.model.block import Block
 from eve.model.layers import Layers, Norm
@@ -32,9 +33,10 @@ def sine_cosine_positions(side: int, width: int) -> Tensor:
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: Model, layers: Layers):
+    positions: Tensor
+
+    def __init__(self, config: Model, decoder: DecoderConfig, layers: Layers):
         super().__init__()
-        decoder = config.decoder
         self.embedding = nn.Linear(config.width, decoder.width)
         self.mask_token = nn.Parameter(torch.empty(decoder.width))
         positions = sine_cosine_positions(config.image_size // config.patch_size, decoder.width)

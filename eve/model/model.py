@@ -21,7 +21,7 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config, layers)
-        self.decoder = None if config.decoder is None else Decoder(config, layers)
+        self.decoder = None if config.decoder is None else Decoder(config, config.decoder, layers)
         self.word_head = WordHead(config.width, config.vocab_size, config.norm_eps, layers)
 
     def encode(self, **inputs: Any) -> EncoderOutput:
@@ -85,7 +85,7 @@ def count_parameters(config: Model) -> ParameterCount:
         if slot.router is not None:  # pyright: ignore
             routed += bank
             share *= slot.config.k  # pyright: ignore
-        active += round(weights * share)
+        active += int(weights * share)
     return ParameterCount(
         total=sum(p.numel() for p in model.parameters()),
         encoder=sum(p.numel() for p in model.encoder.parameters()),

@@ -18,6 +18,6 @@ def load_balance(first_E: Tensor, probability_sum_E: Tensor, tokens: Tensor) -> 
     return num_experts * torch.dot(first_E / tokens, probability_sum_E / tokens)
 
 
-def z_loss(logits_TE: Tensor) -> Tensor:
-    """mean_t (logsumexp_i z_ti)^2 (ST-MoE, equation 5)."""
-    return torch.logsumexp(logits_TE, dim=-1).square().mean()
+def z_loss(logits_TE: Tensor, tokens: Tensor) -> Tensor:
+    """mean_t (logsumexp_i z_ti)^2 (ST-MoE, equation 5); `tokens` is the number that the mean is over."""
+    return torch.logsumexp(logits_TE, dim=-1).square().sum() / tokens

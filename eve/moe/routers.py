@@ -97,11 +97,11 @@ class TopKRouter(nn.Module):
         # Shares of the tokens of all ranks, so that the loss does not depend on how many there are.
         # Evaluation may run on one rank alone and must not wait for the others.
         mean_E = self.mean_over_ranks(first_E) if self.training else first_E
-        balance = losses.load_balance(mean_E, probability_TE.sum(0), mean_E.sum().clamp_min(1))
+        tokens = mean_E.sum().clamp_min(1)
+        balance = losses.load_balance(mean_E, probability_TE.sum(0), tokens)
+        z_loss = losses.z_loss(logits_TE, tokens)
         aux_loss = config.load_balance_weight * balance
-        z_loss = torch.zeros_like(balance)
-        if config.z_loss_weight and logits_TE.shape[0]:
-            z_loss = losses.z_loss(logits_TE)
+        if config.z_loss_weight:
             aux_loss = aux_loss + config.z_loss_weight * z_loss
         with torch.no_grad():
             modality_TK = layout.modality_T[:, None].expand(-1, num_choices)
