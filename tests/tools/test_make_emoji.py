@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw
 from eve.data.manifest import read_manifest, scan_tar
 from eve.errors import UserError
 from tools import make_emoji
-from tools.emoji_captions import captions
-from tools.emoji_facts import COLOURS, Facts, measure
-from tools.emoji_icons import SETS, Concept, find_drawings, load_concepts
-from tools.emoji_names import describe, with_article
-from tools.emoji_split import CELLS, PARTS, cell_of, kin, part_of, read_list, split_list
+from tools.emoji.captions import captions
+from tools.emoji.facts import COLOURS, Facts, measure
+from tools.emoji.icons import SETS, Concept, find_drawings, load_concepts
+from tools.emoji.names import describe, with_article
+from tools.emoji.split import CELLS, PARTS, cell_of, kin, part_of, read_list, split_list
 
 ROOT = Path(__file__).parents[2]
 NPM = ROOT / "data" / "emoji" / "npm" / "node_modules"

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.emoji_facts import COLOURS
-from tools.emoji_icons import Concept
+from tools.emoji.facts import COLOURS
+from tools.emoji.icons import Concept
 
 
 @dataclass(frozen=True)

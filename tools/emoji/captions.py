@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 from typing import TypeVar
 
-from tools.emoji_facts import Facts
-from tools.emoji_names import Description, with_article
+from tools.emoji.facts import Facts
+from tools.emoji.names import Description, with_article
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@
 
 A concept goes with all of its kin: "man detective" with "detective", "woman walking: facing right" with
 "person walking". Kin are hashed, 80 % to train and 10 % each to validation and test, so the split is code
-and never drawn; emoji_split.json lists what it gives, and a test compares.
+and never drawn; split.json lists what it gives, and a test compares.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import json
 import re
 from pathlib import Path
 
-from tools.emoji_icons import Concept, Drawing
+from tools.emoji.icons import Concept, Drawing
 
 LIST = Path(__file__).with_suffix(".json")
 VALIDATION_FAMILY, TEST_FAMILY = "mozilla", "twitter"
