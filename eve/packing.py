@@ -21,6 +21,13 @@ import torch
 from torch import Tensor
 
 
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A copy to a GPU that the host does not wait for: from pageable memory it would have to."""
+    if torch.device(device).type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class TokenLayout:
     """Where the tokens of B samples lie. Made on the host from lengths, without a device sync.
@@ -91,7 +98,7 @@ class TokenLayout:
         valid = None if full else np.arange(longest)[None, :] < per_sample[:, None]
 
         def put(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(device, non_blocking=True)
+            return to_device(torch.from_numpy(array), device)
 
         num_image = int(lengths[0].sum())
         return TokenLayout(

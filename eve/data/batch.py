@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eve.packing import to_device
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -58,15 +60,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+            return None if tensor is None else to_device(tensor, device)
 
         return replace(
             self,
-            seed_B=self.seed_B.to(device, non_blocking=True),
+            seed_B=to_device(self.seed_B, device),
             images_BCHW=move(self.images_BCHW),
             tokens_N=move(self.tokens_N),
             masks={
-                stream: {name: array.to(device, non_blocking=True) for name, array in arrays.items()}
+                stream: {name: to_device(array, device) for name, array in arrays.items()}
                 for stream, arrays in self.masks.items()
             },
         )

@@ -106,10 +106,10 @@ class TopKRouter(nn.Module):
         with torch.no_grad():
             modality_TK = layout.modality_T[:, None].expand(-1, num_choices)
             counts_ME = count((modality_TK * num_experts + expert_TK).flatten(), 2 * num_experts)
-            tokens_M = torch.tensor([layout.num_image, layout.num_text], device=logits_TE.device)
-            dropped_M = (
-                torch.zeros_like(tokens_M) if kept_TK is None else count(modality_TK[~kept_TK].flatten(), 2)
-            )
+            tokens_M = count(layout.modality_T, 2)
+            dropped_M = torch.zeros_like(tokens_M)
+            if kept_TK is not None:
+                dropped_M = dropped_M.scatter_add(0, modality_TK.flatten(), (~kept_TK).long().flatten())
             entropy = -(probability_TE * torch.log_softmax(logits_TE, dim=-1)).sum()
         stats = RouterStats(
             layer=self.layer,

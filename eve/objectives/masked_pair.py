@@ -13,6 +13,7 @@ from eve.objectives.masked_image import image_loss
 from eve.objectives.masked_text import text_loss, text_masking
 from eve.objectives.masking import ImageMasking, PairMasking
 from eve.objectives.output import ObjectiveOutput, with_routing
+from eve.packing import to_device
 
 
 class MaskedPair:
@@ -30,7 +31,7 @@ class MaskedPair:
     def units(self, batch: Batch) -> Tensor:
         mask = batch.masks[self.name]
         numbers = [mask["masked_M"].numel(), mask["target_N"].numel()]
-        return torch.tensor(numbers, dtype=torch.float32).to(batch.seed_B.device, non_blocking=True)
+        return to_device(torch.tensor(numbers, dtype=torch.float32), batch.seed_B.device)
 
     def __call__(
         self, model: VisionLanguageModel, batch: Batch, units: Tensor, aux_weight: float

@@ -20,6 +20,7 @@ from eve.model import VisionLanguageModel
 from eve.model.encoder import EncoderOutput
 from eve.objectives.masking import TextMasking
 from eve.objectives.output import ObjectiveOutput, with_routing
+from eve.packing import to_device
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,7 @@ def masked_rows(batch: Batch, stream: str) -> tuple[Tensor, Tensor]:
     rows = np.concatenate(positions) + np.repeat(starts, counts)
     samples = np.repeat(np.arange(len(counts)), counts)
     device = batch.seed_B.device
-    return (
-        torch.from_numpy(rows).to(device, non_blocking=True),
-        torch.from_numpy(samples).to(device, non_blocking=True),
-    )
+    return to_device(torch.from_numpy(rows), device), to_device(torch.from_numpy(samples), device)
 
 
 class MaskedText:
