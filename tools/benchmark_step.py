@@ -1,6 +1,6 @@
 """Side by side, in one run: what a training step costs, and what packing and the engine change of it.
 
-    python -m tools.benchmark_step [--recipe eve_tiny] [--batches 8] [--rounds 7] [section.key=value ...]
+    python -m tools.benchmark_step [--recipe eve_tiny] [--batches 8] [--rounds 7] [--profile] [KEY=VALUE ...]
 
 engine   the step of `eve.pretrain`: DeepSpeed engine, unit counts, log windows, meters
 plain    the same model and batches in a plain PyTorch loop: forward, backward, clip, fused AdamW
@@ -19,9 +19,11 @@ import sys
 import time
 from collections.abc import Callable
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from eve.config import Recipe, load_recipe
 from eve.data.batch import Batch, collate
@@ -194,6 +196,24 @@ def measure(
     return seconds
 
 
+def print_profile(step: Callable[[Batch], None], batches: list[Batch], device: torch.device) -> None:
+    """Where the time of the engine's step goes, by operator, largest share first."""
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=kinds) as profiler:
+        for batch in batches:
+            step(batch)
+
+    def own_time(event: Any) -> float:
+        return event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+
+    events = sorted(profiler.key_averages(), key=own_time, reverse=True)
+    total = sum(own_time(event) for event in events)
+    print("\nthe engine's step by operator:")
+    for event in events[:16]:
+        share, calls = own_time(event) / total, event.count / len(batches)
+        print(f"{share:7.1%}  {event.key[:60]:60} {calls:6.0f} calls a step")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -202,6 +222,7 @@ def main() -> int:
     parser.add_argument("--deepspeed_config", default="ds_configs/fp32.json")
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--profile", action="store_true", help="also print where the time goes")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
     try:
@@ -229,6 +250,8 @@ def main() -> int:
             f"{name:8} {median:8.3f} {size / median:8.1f} {statistics.median(ratios):8.3f}x"
             f"   ({min(ratios):.3f}..{max(ratios):.3f})"
         )
+    if options.profile:
+        print_profile(steps["engine"], batches, topology.device)
     return 0
 
 
