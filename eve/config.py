@@ -21,7 +21,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 def _parse_blocks(value: Any) -> Any:
@@ -41,6 +41,10 @@ def _parse_blocks(value: Any) -> Any:
 
 
 Blocks = Annotated[tuple[int, ...], BeforeValidator(_parse_blocks)]
+
+
+# From 0 to below 1.
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class FeedForward(Section):
@@ -118,16 +122,17 @@ class Model(Section):
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
             )
+        for name, size in (("width", self.width), ("hidden", self.hidden)):
+            if size % 8:
+                raise ValueError(f"{name} {size} is not a multiple of 8 (rows of 16 bytes in bf16)")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.decoder and self.decoder.width % self.decoder.heads:
             raise ValueError(
                 f"decoder.width {self.decoder.width} is not a multiple of decoder.heads {self.decoder.heads}"
             )
-        if self.decoder and self.decoder.width % 4:
-            raise ValueError(
-                f"decoder.width {self.decoder.width} is not a multiple of 4 (sine-cosine positions)"
-            )
+        if self.decoder and self.decoder.width % 8:
+            raise ValueError(f"decoder.width {self.decoder.width} is not a multiple of 8")
         if self.max_text_length > self.text_positions:
             raise ValueError(
                 f"max_text_length {self.max_text_length} is more than text_positions {self.text_positions}"
@@ -157,8 +162,20 @@ class Source(Section):
     # Share of the area kept by the random crop; the flip has probability 1/2.
     crop_scale: tuple[float, float] = (0.5, 1.0)
     flip: bool = True
-    # RandAugment (number of operations, magnitude); null is off. Never with pixel targets.
+    # RandAugment (number of operations, magnitude of 10); null is off. Not where pixels are the target.
     rand_augment: tuple[int, int] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Source:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale is [{low}, {high}], expected 0 < lowest <= highest <= 1")
+        if self.rand_augment and not (self.rand_augment[0] >= 1 and 0 <= self.rand_augment[1] <= 10):
+            raise ValueError(
+                f"rand_augment is {list(self.rand_augment)}, expected at least 1 operation and a "
+                "magnitude of 0 to 10"
+            )
+        return self
 
 
 class Data(Section):
@@ -234,7 +251,7 @@ class Stage(Section):
 class Optimizer(Section):
     """AdamW. Norms, biases, embeddings and gains get no weight decay."""
 
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Share, Share] = (0.9, 0.98)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
     # Largest gradient norm; null does not clip.
@@ -242,9 +259,10 @@ class Optimizer(Section):
 
 
 class Training(Section):
-    """How the run goes; none of these changes the result but `max_skipped_steps`."""
+    """How the run goes. Only the first and the last key change the result."""
 
-    # Samples of one forward pass on one device; null is the whole share of the rank.
+    # Samples of one forward pass on one device; null is the whole share of the rank. Learned routers
+    # balance and fill their experts within one forward pass over all ranks.
     micro_batch_size: int | None = Field(default=None, ge=1)
     activation_checkpointing: bool = False
     compile: bool = False
@@ -267,6 +285,13 @@ class Evaluation(Section):
     label: str | None = None
 
 
+KINDS_OF_OBJECTIVE = {
+    "masked_image": ("pair", "image"),
+    "masked_text": ("pair", "text"),
+    "masked_pair": ("pair",),
+}
+
+
 class Recipe(Section):
     name: str
     seed: int = 1
@@ -281,12 +306,29 @@ class Recipe(Section):
     def _check(self) -> Recipe:
         for stage in self.stages:
             for stream in stage.streams:
-                if stream.source not in self.data.sources:
-                    raise ValueError(
-                        f"stream {stream.name} of stage {stage.name} reads the source '{stream.source}', "
-                        f"expected one of {sorted(self.data.sources)}"
-                    )
+                self._check_stream(stream, f"stream {stream.name} of stage {stage.name}")
         return self
+
+    def _check_stream(self, stream: Stream, where: str) -> None:
+        source = self.data.sources.get(stream.source)
+        if source is None:
+            raise ValueError(
+                f"{where} reads the source '{stream.source}', expected one of {sorted(self.data.sources)}"
+            )
+        kinds = KINDS_OF_OBJECTIVE[stream.objective]
+        if source.kind not in kinds:
+            raise ValueError(
+                f"{where} has the objective {stream.objective} on the source {stream.source} of kind "
+                f"{source.kind}, expected {' or '.join(kinds)}"
+            )
+        if stream.objective == "masked_text":
+            return
+        if self.model.decoder is None:
+            raise ValueError(f"{where} predicts pixels, but model.decoder is null")
+        if self.model.num_patches < 2:
+            raise ValueError(f"{where} masks patches, but an image of model.image_size is one patch")
+        if source.rand_augment:
+            raise ValueError(f"{where} predicts pixels, but sources.{stream.source}.rand_augment is set")
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)

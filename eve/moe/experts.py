@@ -7,6 +7,8 @@ gradient without atomics. Shape suffixes: N row, E expert, D width, F hidden wid
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,22 +58,47 @@ def grouped_linear(x_NI: Tensor, weight_EIO: Tensor, bias_EO: Tensor, offsets_E:
     """Row n of expert e -> x_n @ weight_e + bias_e; `offsets_E` int32 holds the end of each expert."""
     if weight_EIO.shape[0] == 1:
         return F.linear(x_NI, weight_EIO[0].t(), bias_EO[0])
-    return _GroupedLinear.apply(x_NI, weight_EIO, bias_EO, offsets_E)  # pyright: ignore
+    return _grouped_linear(x_NI, weight_EIO, bias_EO, offsets_E)
 
 
-class _GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_NI: Tensor, weight_EIO: Tensor, bias_EO: Tensor, offsets_E: Tensor) -> Tensor:
-        ctx.save_for_backward(x_NI, weight_EIO, offsets_E)
-        return _add_bias(F.grouped_mm(x_NI, weight_EIO, offs=offsets_E), bias_EO, offsets_E)
+# Registered as operators, so that torch.compile takes them as they are: its own shape rule of
+# grouped_mm refuses fp32, and the loops over experts on a CPU depend on data.
+@torch.library.custom_op("eve::grouped_linear", mutates_args=())
+def _grouped_linear(x_NI: Tensor, weight_EIO: Tensor, bias_EO: Tensor, offsets_E: Tensor) -> Tensor:
+    return _add_bias(F.grouped_mm(x_NI, weight_EIO, offs=offsets_E), bias_EO, offsets_E)
 
-    @staticmethod
-    def backward(ctx, grad_NO: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_NI, weight_EIO, offsets_E = ctx.saved_tensors
-        grad_NO = grad_NO.contiguous()
-        grad_x = F.grouped_mm(grad_NO, weight_EIO.transpose(-2, -1), offs=offsets_E)
-        grad_weight = F.grouped_mm(x_NI.t(), grad_NO, offs=offsets_E)
-        return grad_x, grad_weight, _sum_groups(grad_NO, offsets_E), None
+
+@_grouped_linear.register_fake
+def _(x_NI: Tensor, weight_EIO: Tensor, bias_EO: Tensor, offsets_E: Tensor) -> Tensor:
+    return x_NI.new_empty(x_NI.shape[0], weight_EIO.shape[2])
+
+
+@torch.library.custom_op("eve::grouped_linear_backward", mutates_args=())
+def _grouped_linear_backward(
+    grad_NO: Tensor, x_NI: Tensor, weight_EIO: Tensor, offsets_E: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_NO = grad_NO.contiguous()
+    grad_x_NI = F.grouped_mm(grad_NO, weight_EIO.transpose(-2, -1), offs=offsets_E)
+    grad_weight_EIO = F.grouped_mm(x_NI.t(), grad_NO, offs=offsets_E)
+    return grad_x_NI, grad_weight_EIO, _sum_groups(grad_NO, offsets_E)
+
+
+@_grouped_linear_backward.register_fake
+def _(grad_NO: Tensor, x_NI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grad_bias_EO = grad_NO.new_empty(weight_EIO.shape[0], weight_EIO.shape[2])
+    return torch.empty_like(x_NI), torch.empty_like(weight_EIO), grad_bias_EO
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    x_NI, weight_EIO, _, offsets_E = inputs
+    ctx.save_for_backward(x_NI, weight_EIO, offsets_E)
+
+
+def _backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+    return *_grouped_linear_backward(grad_NO, *ctx.saved_tensors), None
+
+
+_grouped_linear.register_autograd(_backward, setup_context=_save)
 
 
 def _add_bias(y_NO: Tensor, bias_EO: Tensor, offsets_E: Tensor) -> Tensor:

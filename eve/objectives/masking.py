@@ -16,7 +16,7 @@ from eve.data.batch import Sample
 
 
 def num_masked_patches(num_patches: int, ratio: float) -> int:
-    """MAE keeps int(P * (1 - ratio)) patches; at least one is kept and one masked."""
+    """MAE keeps int(P * (1 - ratio)) of P > 1 patches; at least one is kept and one masked."""
     return min(num_patches - 1, max(1, num_patches - int(num_patches * (1 - ratio))))
 
 
@@ -87,7 +87,8 @@ class TextMasking:
     chosen and what stood there.
 
     Of n maskable tokens (all but the special ones) max(1, round(ratio * n)) are chosen; in `word`
-    mode whole words, in random order, while they fit. Of the chosen, `mask_share` become [MASK],
+    mode whole words in random order, up to the word that would pass that number by more than half of
+    itself (skipping it would spare long words). Of the chosen, `mask_share` become [MASK],
     `random_share` a random ordinary token, the rest stays as it is (BERT).
     """
 
@@ -131,10 +132,11 @@ class TextMasking:
         words = np.split(maskable, np.flatnonzero(starts)[1:])
         chosen: list[int] = []
         for index in rng.permutation(len(words)):
-            if len(chosen) + len(words[index]) <= number:
-                chosen.extend(words[index])
-        # A first word longer than the share is masked all the same: no text goes without a loss.
-        return np.asarray(chosen or words[int(rng.integers(len(words)))], dtype=np.int64)
+            # The first word always: no text goes without a loss.
+            if chosen and len(chosen) + len(words[index]) / 2 > number:
+                break
+            chosen.extend(words[index])
+        return np.asarray(chosen, dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,17 @@ def test_whole_words_are_never_split():
     rng = generator()
     for _ in range(100):
         chosen = set(text_masking(kind="word")(sample(tokens), rng)["position_N"].tolist())
-        assert 0 < len(chosen) <= 6
+        assert 0 < len(chosen) <= 6 + 2  # past the number by half of the longest word at most
         assert all(word <= chosen or not word & chosen for word in words)
+
+
+def test_long_words_are_masked_as_often_as_short_ones():
+    tokens = [10, 20, 22, 23, 25, 27, 29, 30, 40, 50]  # one word of five pieces, five of one
+    rng = generator()
+    hits = np.zeros(12)
+    for _ in range(3000):
+        hits[text_masking(kind="word")(sample(tokens), rng)["position_N"]] += 1
+    assert np.abs(hits[1:-1] / 3000 - 0.5).max() < 0.06
 
 
 def test_a_text_of_one_long_word_is_masked_whole():
