@@ -67,7 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def read_sources(sources: Iterable[str]) -> Iterator[str]:
-    """All texts of shards and text files. Raises UserError where one is missing or is not UTF-8."""
+    """All texts of shards and text files. Samples whose text cannot be parsed are left out, with a line on
+    stderr in the end. Raises UserError where a source is missing or a text file is not UTF-8."""
+    broken: list[str] = []
     for source in sources:
         if Path(source).is_file() and not source.endswith(".tar"):
             try:
@@ -85,7 +87,9 @@ def read_sources(sources: Iterable[str]) -> Iterator[str]:
                     try:
                         yield from parse_text(*read_texts(file, sample))[0]
                     except ValueError as error:
-                        raise UserError(f"the sample {sample.key} of {path} is broken: {error}") from None
+                        broken.append(f"{sample.key} of {path}: {error}")
+    if broken:
+        print(f"{len(broken)} broken samples are left out; the first is {broken[0]}", file=sys.stderr)
 
 
 def sample_texts(texts: Iterable[str], limit: int) -> list[str]:

@@ -6,6 +6,7 @@ examples. Exit code 0: sound, 1: problems, 2: a mistake in the call.
     missing         listed in the manifest, but not there
     truncated       ends in the middle; what follows is lost
     manifest        counts, size or checksum differ from the manifest, or the manifest does not list it
+    unread          sample with no member of a known extension, as where a key has a dot in it
     half            sample without an image, or without captions (for the kind of most samples, or --kind)
     image           cannot be decoded in full
     text            json or txt that cannot be parsed
@@ -31,8 +32,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import BinaryIO
 
-from braceexpand import braceexpand
-
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -48,11 +47,12 @@ from eve.data.manifest import (
     scan_tar,
 )
 from eve.data.resize import BadImage, prepare_image
+from eve.data.shards import expand_braces
 from eve.errors import UserError
 from tools.progress import Progress
 
 PROBLEMS = (
-    *("missing", "truncated", "manifest", "half", "image", "text", "empty"),
+    *("missing", "truncated", "manifest", "unread", "half", "image", "text", "empty"),
     *("duplicate-key", "duplicate-image"),
 )
 EXAMPLES = 5
@@ -97,7 +97,7 @@ def find_shards(pattern: str) -> tuple[list[Path], dict[Path, ShardInfo] | None]
 
     The paths include what a manifest lists and is missing. Raises UserError where nothing matches.
     """
-    patterns = [str(Path(pattern) / "*.tar")] if Path(pattern).is_dir() else list(braceexpand(pattern))
+    patterns = [str(Path(pattern) / "*.tar")] if Path(pattern).is_dir() else expand_braces(pattern)
     paths = {
         Path(path) for part in patterns for path in (glob.glob(part) if glob.has_magic(part) else [part])
     }
@@ -176,6 +176,9 @@ def check_shard(path: Path, decode: bool) -> ShardReport:
 
 def _check_sample(file: BinaryIO, sample: TarSample, decode: bool, report: ShardReport) -> None:
     captions: list[str] = []
+    if sample.image is None and not sample.has_text:
+        names = " ".join(f".{extension}" for extension in sample.members)
+        report.add("unread", f"{sample.key}: only {names}; a key ends at its first dot")
     try:
         captions, _ = raw_captions(*read_texts(file, sample))
     except ValueError as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eve.data.manifest import parse_json
 from eve.errors import UserError
 
 IMAGE_COLUMNS = (
@@ -232,9 +232,9 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(_text(path).split("\n")):
         if line.strip():
             try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
+                row = parse_json(line)
+            except ValueError as error:
+                raise UserError(f"line {number + 1} of {path} is not readable JSON: {error}") from None
             if not isinstance(row, dict):
                 raise UserError(f"line {number + 1} of {path} is not a JSON object")
             yield row
@@ -268,11 +268,10 @@ def _text(path: Path) -> str:
 
 
 def _json(path: Path) -> Any:
+    text = _text(path)
     try:
-        return json.loads(_text(path))
+        return parse_json(text)
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path} is not JSON: {error}") from None
 
 

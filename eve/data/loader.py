@@ -159,7 +159,7 @@ class ReaderShare:
             if in_a_row > self._num_samples:
                 shard, key, reason = tally.first_bad[0]
                 raise UserError(
-                    f"all {self._num_samples} samples of {self._where} are broken; "
+                    f"reader {name} met {in_a_row} broken samples of {self._where} in a row and no other; "
                     f"the first is {key} of shard {shard}: {reason}"
                 )
 

@@ -31,7 +31,12 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "
 
 Kind = Literal["pair", "image", "text"]
 
+# Lists and objects within one another in a json: no annotation needs more, and a deeper one can neither be
+# pickled nor, from about a thousand on, parsed.
+MAX_NESTING = 64
+
 _KEY_AND_EXTENSION = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]+)$")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _BLOCK = 512
 
 
@@ -184,23 +189,51 @@ def parse_text(json_bytes: bytes | None, txt_bytes: bytes | None) -> tuple[list[
 def raw_captions(json_bytes: bytes | None, txt_bytes: bytes | None) -> tuple[list[str], dict[str, Any]]:
     """(captions as they stand, metadata). The json's captions win; the txt is read where it has none.
 
-    Raises ValueError where the json is no object, captions are not strings, or the bytes are not UTF-8.
+    Raises ValueError where the json is no object or `parse_json` refuses it, captions are not strings, or the
+    bytes are not UTF-8.
     """
     metadata: dict[str, Any] = {}
     captions: Any = None
     if json_bytes is not None:
-        metadata = json.loads(json_bytes)
+        metadata = parse_json(json_bytes.decode("utf-8-sig"))
         if not isinstance(metadata, dict):
             raise ValueError(f"its json holds {type(metadata).__name__}, expected an object")
         caption = metadata.pop("caption", None)
-        captions = metadata.pop("captions", caption)
+        captions = metadata.pop("captions", None) or caption
+    if not captions and txt_bytes is not None:
+        captions = txt_bytes.decode("utf-8")
     if captions is None:
-        captions = [] if txt_bytes is None else txt_bytes.decode("utf-8")
+        captions = []
     if isinstance(captions, str):
         captions = [captions]
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError("its captions are not a list of strings")
     return captions, metadata
+
+
+def parse_json(text: str) -> Any:
+    """json.loads, and ValueError for what JSON allows but nobody after it can take: half a surrogate pair,
+    which is no Unicode text, and nesting deeper than MAX_NESTING."""
+    try:
+        tree = json.loads(text)
+        if text.count("[") + text.count("{") > MAX_NESTING and _nesting(tree) > MAX_NESTING:
+            raise RecursionError
+    except RecursionError:
+        raise ValueError(f"lists and objects nested more than {MAX_NESTING} deep") from None
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(tree, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a string with half a surrogate pair, which is no Unicode text") from None
+    return tree
+
+
+def _nesting(tree: Any) -> int:
+    """Lists and objects within one another. Scalars cost no call: whole annotation files come this way."""
+    if not isinstance(tree, (list, dict)):
+        return 0
+    children = tree.values() if isinstance(tree, dict) else tree
+    return 1 + max((_nesting(child) for child in children if isinstance(child, (list, dict))), default=0)
 
 
 def read_texts(file: BinaryIO, sample: TarSample) -> tuple[bytes | None, bytes | None]:

@@ -16,6 +16,8 @@ from eve.data.shards import BadSample, RawSample
 from eve.data.tokenizer import Tokenizer
 from eve.data.transforms import Transform, UnusableImage
 
+NOTHING_READ = "no member of an extension that is read (a key ends at its first dot)"
+
 Kind = Literal["pair", "image", "text"]
 
 
@@ -41,6 +43,8 @@ class SampleMaker:
         if isinstance(read.raw, BadSample):
             raise read.raw
         raw = read.raw
+        if not raw.members:
+            raise BadSample(raw.shard, raw.key, NOTHING_READ)
         text, metadata = self._text(raw, read.epoch, read.index)
         image_CHW = None
         if self.kind != "text":

@@ -32,7 +32,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from braceexpand import braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand
 from webdataset.gopen import gopen
 
 from eve.data.manifest import MANIFEST, TarIndex, read_manifest, scan_tar, split_name
@@ -118,7 +118,7 @@ def resolve(pattern: str) -> ShardSet:
 def expand(pattern: str) -> list[str]:
     """Addresses of a pattern, each ending in .tar. Raises UserError where a part of it matches nothing."""
     addresses: list[str] = []
-    for part in (address for joined in pattern.split("::") for address in braceexpand(joined)):
+    for part in (address for joined in pattern.split("::") for address in expand_braces(joined)):
         if _REMOTE.match(part):
             if not _TAR.search(part):
                 raise UserError(f"the shard address '{part}' names no .tar file")
@@ -138,6 +138,14 @@ def expand(pattern: str) -> list[str]:
         _refuse_missing(path, set(found))
         addresses.extend(found)
     return addresses
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a{0..1}` -> `a0`, `a1`. Raises UserError."""
+    try:
+        return list(braceexpand(pattern))
+    except UnbalancedBracesError:
+        raise UserError(f"the shards '{pattern}' have a brace without its other half") from None
 
 
 def _refuse_missing(path: str, found: set[str]) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from eve.data import shards as shards_module
 from eve.data.loader import bad_samples, merge_states, read_samples
 from eve.data.manifest import describe_shard, scan_tar, write_manifest
+from eve.data.samples import NOTHING_READ
 from eve.data.shards import CUT_SHORT
 from eve.errors import UserError
 from tests.data.test_loader import LettersTokenizer, make_stream
@@ -74,6 +75,9 @@ BROKEN: dict[str, tuple[Members, str]] = {
     "empty_list": ({**GOOD, "json": captions()}, "empty caption"),
     "broken_json": ({**GOOD, "json": b'{"captions": ["a'}, "undecodable text"),
     "wrong_captions": ({**GOOD, "json": b'{"captions": [1, 2]}'}, "undecodable text"),
+    "half_a_surrogate_pair": ({**GOOD, "json": b'{"caption": "\\ud800 x"}'}, "undecodable text"),
+    "deep": ({**GOOD, "json": b'{"caption": "x", "a": %s%s}' % (b"[" * 500, b"]" * 500)}, "undecodable text"),
+    "key.with_a_dot": (GOOD, NOTHING_READ),
     "latin_1": ({"png": GOOD["png"], "txt": b"caf\xe9"}, "undecodable text"),
 }
 
@@ -127,7 +131,11 @@ def test_each_is_read_or_counted_and_named(directory, ranks, workers):
     expected = {*READ_RIGHTLY, *good(20)}
     for epoch in range(3):
         assert {key for e, key in seen if e == epoch} == expected
-    assert {key: reason for _, key, reason in found.first} == {key: r for key, (_, r) in BROKEN.items()}
+    assert {key: reason for _, key, reason in found.first} == {
+        # What follows the first dot of a name is the extension.
+        key.partition(".")[0]: reason
+        for key, (_, reason) in BROKEN.items()
+    }
     assert {shard for shard, _, _ in found.first} == {"001.tar"}
     assert sum(found.reasons.values()) == found.bad
     assert json.loads(json.dumps(state)) == state
@@ -192,7 +200,10 @@ def test_past_the_share_the_run_stops(directory):
     message = str(stopped.value)
     assert "data.max_bad_share 0.05" in message
     assert "001.tar" in message
-    assert any(f"{key} of shard 001.tar: {reason}" in message for key, (_, reason) in BROKEN.items())
+    assert any(
+        f"{key.partition('.')[0]} of shard 001.tar: {reason}" in message
+        for key, (_, reason) in BROKEN.items()
+    )
 
 
 def test_one_broken_of_the_first_three_does_not_stop(tmp_path):
@@ -208,6 +219,16 @@ def test_nothing_but_broken_samples_ends(tmp_path, workers, share):
     write_tar(tmp_path / "0.tar", {f"k{i}": {"json": captions("x")} for i in range(50)})
     with pytest.raises(UserError, match=r"broken.* k\d+ of shard 0.tar: no image"):
         run(tmp_path, 1, workers=workers, num_readers=1, batch_size=1, max_bad_share=share)
+
+
+def test_a_reader_of_broken_samples_speaks_for_itself_alone(tmp_path):
+    broken = {f"k{i}": {"json": captions("x")} for i in range(50)}
+    write_tar(tmp_path / "0.tar", {**good(50), **broken})
+    with pytest.raises(
+        UserError, match=r"reader 1 met 101 broken samples of .* in a row and no other"
+    ) as end:
+        run(tmp_path, 1, num_readers=2, batch_size=2, shuffle_buffer=1, max_bad_share=1.0)
+    assert "the first is k" in str(stopped.value)
 
 
 def test_counts_go_on_with_the_state(directory):

@@ -155,6 +155,11 @@ def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
         ('{"caption": null, "url": "u"}', " from the txt\n", ["from the txt"], {"url": "u"}),
         ('{"captions": ["a"], "caption": "b"}', None, ["a"], {}),
         ("{}", "t", ["t"], {}),
+        ('{"captions": []}', "t", ["t"], {}),
+        ('{"captions": [], "caption": "a"}', "t", ["a"], {}),
+        ('{"captions": [], "caption": ""}', None, [], {}),
+        ('{"captions": ["\\ud83d\\ude00 \\\\ud800"]}', None, ["\U0001f600 \\ud800"], {}),
+        ('\ufeff{"caption": "a"}', None, ["a"], {}),
         (None, "  ", [], {}),
         (None, None, [], {}),
     ],
@@ -164,7 +169,14 @@ def test_captions_of_all_forms(json_text, txt, captions, metadata) -> None:
     assert parse_text(*encoded) == (captions, metadata)
 
 
-@pytest.mark.parametrize("content", [b"[1]", b"{", b'{"captions": [1]}', b'{"captions": 3}', b"\xff{}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"[1]", b"{", b'{"captions": [1]}', b'{"captions": 3}', b"\xff{}"),
+        *(b'{"caption": "\\ud800 x"}', b'{"caption": "x", "\\uDfFf": 1}', b'{"caption": "\xed\xa0\x80"}'),
+        *(b'{"caption": "a", "deep": %s%s}' % (b"[" * n, b"]" * n) for n in (64, 500, 100_000)),
+    ],
+)
 def test_broken_texts_are_refused(content: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         parse_text(content, None)

@@ -244,6 +244,8 @@ def test_without_manifest_local_shards_are_scanned_and_remote_ones_refused(tmp_p
 
 def test_mistakes_are_named(tmp_path):
     make_set(tmp_path, [4, 3])
+    with pytest.raises(UserError, match=r"{0\.\.1\.tar' have a brace without its other half"):
+        resolve(f"{tmp_path}/{{0..1.tar")
     with pytest.raises(UserError, match=r"no file matches"):
         resolve(f"{tmp_path}/nothing*.tar")
     with pytest.raises(UserError, match=r"there is no shard .*002.tar"):

@@ -230,6 +230,12 @@ def test_index_reads_foreign_shards_and_leaves_them_alone(tmp_path: Path, capsys
         (["table", "t.csv"], {"t.csv": "image,caption\n,x\n"}, "row 1 of"),
         (["table", "t.csv"], {"t.csv": "image,n\na.jpg,1,2\n"}, "line 2 of .* has 3 values, the header 2"),
         (["table", "t.jsonl"], {"t.jsonl": '{"image": "a"}\n[1]\n'}, "line 2 of .* is not a JSON object"),
+        (
+            ["table", "t.jsonl"],
+            {"t.jsonl": '{"image": "a"}\n{"image": "b", "caption": "\\ud800 x"}\n'},
+            "line 2 of .* is not readable JSON: .* half a surrogate pair",
+        ),
+        (["coco", "c.json"], {"c.json": "[" * 100_000}, "is not JSON: .* nested more than 64 deep"),
         (["table", "t.jsonl"], {"t.jsonl": '{"image": "a", "caption": 3}'}, "caption of 'a' is int"),
         (["table", "t.csv"], {"t.csv": b"image,caption\n\xff\xfe,x\n"}, "is not UTF-8 text"),
         (["coco", "c.json"], {"c.json": "{"}, "is not JSON"),

@@ -1,6 +1,8 @@
 """train_tokenizer: specials, determinism, sources, statistics by hand, and its mistakes."""
 
+import io
 import random
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,23 @@ def test_shards_and_text_files_give_their_texts(tmp_path: Path) -> None:
     sources = [str(tmp_path / name) for name in ("shards", "t.txt", "odd.name", "shards/00000{0,1}.tar")]
     shards = ["one", "two", "three"]
     assert list(read_sources(sources)) == [*shards, "four", "five", "six", *shards]
+
+
+def test_broken_samples_are_left_out_counted_and_named(tmp_path: Path, capsys) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, content in [
+            ("a.json", b'{"caption": "one"}'),
+            ("b.json", b'{"caption": "\\ud800 two"}'),
+            ("c.json", b"{"),
+            ("d.txt", b"three"),
+        ]:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    assert list(read_sources([str(tmp_path / "a.tar")])) == ["one", "three"]
+    error = capsys.readouterr().err
+    assert error.startswith(f"2 broken samples are left out; the first is b of {tmp_path}/a.tar: ")
+    assert "surrogate" in error
 
 
 def test_a_sample_of_the_texts_is_fair_and_keeps_their_order() -> None:

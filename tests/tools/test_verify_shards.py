@@ -100,6 +100,10 @@ def cut_between_members(content: bytes) -> bytes:
             edit(0, lambda content: content.replace(b'"two"]', b'"two"}', 1), redescribe=True),
             [("000000.tar", "text"), ("000000.tar", "half")],
         ),
+        (
+            edit(0, lambda content: content.replace(b"caption 0", b"\\ud800 x ", 1), redescribe=True),
+            [("000000.tar", "text"), ("000000.tar", "half")],
+        ),
         (replace(6, image_bytes=None), [("000001.tar", "half")]),
         (replace(6, captions=[]), [("000001.tar", "half")]),
         (replace(6, captions=[], metadata={}), [("000001.tar", "half")]),
@@ -168,6 +172,20 @@ def test_undecodable_images_pass_without_decoding(tmp_path: Path) -> None:
     write(tmp_path, pairs())
     replace(6, image_bytes=b"garbage")(tmp_path)
     assert main([str(tmp_path), "--no-decode", "--workers", "1"]) == 0
+
+
+def test_keys_with_a_dot_are_no_sound_shard(tmp_path: Path, capsys) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for number in range(3):
+            (tmp_path / "member").write_bytes(picture(number))
+            archive.add(tmp_path / "member", f"photo{number}.v2.jpg")
+    assert main([str(tmp_path / "0.tar"), "--workers", "1"]) == 1
+    assert "photo0: only .v2.jpg; a key ends at its first dot" in capsys.readouterr().out
+
+
+def test_a_brace_without_its_other_half_is_a_mistake_in_the_call(tmp_path: Path, capsys) -> None:
+    assert main([f"{tmp_path}/{{0..1.tar", "--workers", "1"]) == 2
+    assert "a brace without its other half" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("pattern", ["none", "none/*.tar", "{a,b}.tar", "."])
