@@ -32,7 +32,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 from webdataset.gopen import gopen
 
 from eve.data.manifest import MANIFEST, TarIndex, read_manifest, scan_tar, split_name
@@ -144,7 +144,7 @@ def expand_braces(pattern: str) -> list[str]:
     """`a{0..1}` -> `a0`, `a1`. Raises UserError."""
     try:
         return list(braceexpand(pattern))
-    except UnbalancedBracesError:
+    except ValueError:
         raise UserError(f"the shards '{pattern}' have a brace without its other half") from None
 
 

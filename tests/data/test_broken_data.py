@@ -224,11 +224,8 @@ def test_nothing_but_broken_samples_ends(tmp_path, workers, share):
 def test_a_reader_of_broken_samples_speaks_for_itself_alone(tmp_path):
     broken = {f"k{i}": {"json": captions("x")} for i in range(50)}
     write_tar(tmp_path / "0.tar", {**good(50), **broken})
-    with pytest.raises(
-        UserError, match=r"reader 1 met 101 broken samples of .* in a row and no other"
-    ) as end:
+    with pytest.raises(UserError, match=r"reader 1 met 101 broken .* no other; the first is k\d+ of shard"):
         run(tmp_path, 1, num_readers=2, batch_size=2, shuffle_buffer=1, max_bad_share=1.0)
-    assert "the first is k" in str(stopped.value)
 
 
 def test_counts_go_on_with_the_state(directory):
