@@ -211,6 +211,12 @@ def test_too_many_broken_samples(mistake: Mistake, tmp_path: Path) -> None:
     assert "broken" in sentence
 
 
+def test_no_step_could_be_made(mistake: Mistake) -> None:
+    sentence = mistake("model.init_std=1.0e+30", "stages.0.steps=2", "training.max_skipped_steps=9")
+    assert "none of the 2 steps was made, as no gradient was finite" in sentence
+    assert not (mistake.run_dir / "export").exists()
+
+
 def test_diverged(mistake: Mistake) -> None:
     sentence = mistake("stages.0.lr=1.0e+38", "training.max_skipped_steps=2", "stages.0.warmup_steps=0")
     assert "of stage pretrain is not finite and was skipped: the loss of stream masked_image" in sentence
@@ -243,18 +249,18 @@ def test_data_that_breaks_on_one_process_stops_both(tiny: Path, two_ranks: RankP
     assert other == (2, [])
     assert code == 2
     assert len(sentences) == 1
-    assert "are broken" in sentences[0]
+    assert "broken" in sentences[0]
     assert "of shard 000000.tar: undecodable image" in sentences[0]
 
 
-def pretrain_with_small_files(limit: int, argv: list[str], stderr: str) -> None:
-    """A limit on the size of a file fails a write as a full disk does."""
+def pretrain_with_small_files(limit: int, moment: tuple[str, str], argv: list[str], stderr: str) -> None:
+    """A limit on the size of a file fails a write as a full disk does. `moment`: (audit event, path)."""
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
     run_dir = Path(argv[3])
     sys.addaudithook(
         lambda event, args: (
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            if event == "os.mkdir" and "writing-00000008" in str(args[0])
+            if event == moment[0] and moment[1] in str(args[0])
             else None
         )
     )
@@ -266,7 +272,8 @@ def pretrain_with_small_files(limit: int, argv: list[str], stderr: str) -> None:
 def test_disk_full_while_a_checkpoint_is_written(limit: int, tiny: Path, tmp_path: Path) -> None:
     run_dir, stderr = tmp_path / "run", tmp_path / "stderr"
     argv = arguments(tiny, run_dir)
-    process = fork_server().Process(target=pretrain_with_small_files, args=(limit, argv, str(stderr)))
+    moment = ("os.mkdir", "writing-00000008")
+    process = fork_server().Process(target=pretrain_with_small_files, args=(limit, moment, argv, str(stderr)))
     process.start()
     process.join(120)
     errors = [line for line in stderr.read_text().splitlines() if line.startswith("error: ")]
@@ -274,6 +281,19 @@ def test_disk_full_while_a_checkpoint_is_written(limit: int, tiny: Path, tmp_pat
     assert len(errors) == 1
     assert "the checkpoint cannot be written to" in errors[0]
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000004"]
+    assert pretrain.main([*argv, "--resume"]) == 0
+
+
+@pytest.mark.parametrize("moment", [("os.rename", "writing-00000004"), ("open", "step-00000006.png")])
+def test_disk_full_between_checkpoints(moment: tuple[str, str], tiny: Path, tmp_path: Path) -> None:
+    """The first line of metrics, or the first picture, after the disk was filled."""
+    run_dir, stderr = tmp_path / "run", tmp_path / "stderr"
+    argv = arguments(tiny, run_dir, "training.images_every=6")
+    process = fork_server().Process(target=pretrain_with_small_files, args=(500, moment, argv, str(stderr)))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 2, stderr.read_text()
+    assert stderr.read_text().splitlines()[-1] == f"error: cannot write to {run_dir}: File too large"
     assert pretrain.main([*argv, "--resume"]) == 0
 
 

@@ -7,6 +7,7 @@ process of a run without a launcher. Tensor and expert parallelism will add thei
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -72,7 +73,9 @@ class Topology:
             device_id=self.device if cuda else None,
         )
 
-    def leave(self) -> None:
+    @staticmethod
+    def leave() -> None:
+        """Ends the process group, once at the end of the process: DeepSpeed keeps groups of its own in it."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -96,20 +99,22 @@ class Topology:
         dist.all_gather_object(items, item)
         return items
 
-    def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on some rank. Synchronises the host."""
-        return any(self.gather_objects(flag))
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
-
     def raise_together(self, error: UserError | None) -> None:
         """Every rank raises the first user error of any rank, or none does."""
         sentences = self.gather_objects(None if error is None else str(error))
         for sentence in sentences:
             if sentence is not None:
                 raise UserError(sentence)
+
+    def on_rank_0(self, action: Callable[[], None]) -> None:
+        """Runs it on rank 0; a user error of it is raised on every rank."""
+        error = None
+        if self.rank == 0:
+            try:
+                action()
+            except UserError as mistake:
+                error = mistake
+        self.raise_together(error)
 
     def describe(self) -> str:
         """One line for the console."""

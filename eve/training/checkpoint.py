@@ -55,7 +55,7 @@ class CheckpointStore:
     def save(
         self, step: int, write_rank: Callable[[Path], None], write_shared: Callable[[Path], None]
     ) -> Path:
-        """All ranks call it. `write_rank(directory)` runs on all, `write_shared(directory)` on rank 0.
+        """All ranks call it, once a step. `write_rank(directory)` runs on all, `write_shared` on rank 0.
 
         Raises UserError on all ranks where the disk refuses; the checkpoints before it stay.
         """
@@ -69,14 +69,7 @@ class CheckpointStore:
         def complete() -> None:
             write_shared(temporary)
             seal(temporary)
-            if target.exists():
-                # The same step again (resumed right at its end): the new one takes the name of the old.
-                retired = self.directory / f"deleting-{step:08d}"
-                target.rename(retired)
-                temporary.rename(target)
-                shutil.rmtree(retired)
-            else:
-                temporary.rename(target)
+            temporary.rename(target)
             fsync_directory(self.directory)
             for path in self.completed()[: -self.keep]:
                 retired = path.with_name(path.name.replace("step", "deleting"))

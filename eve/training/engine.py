@@ -29,6 +29,9 @@ from eve.parallel.topology import Topology
 from eve.training.ds_config import zero_stage
 from eve.training.optimizer import build_optimizer
 
+# Beside DeepSpeed's files of a checkpoint: the fp32 weights that do not learn.
+FROZEN = "frozen.pt"
+
 
 class EngineModule(PretrainModule):
     """DeepSpeed hooks into the backward of tensors it finds in a tuple, and finds none in a dataclass."""
@@ -52,6 +55,15 @@ class Engine:
         self.module = module
         self._coalescing: Any = None
         clips = self.zero_stage == 0
+        weights = module.model.state_dict(keep_vars=True)
+        self._shapes = {name: tensor.shape for name, tensor in weights.items()}
+        # Mixed precision rounds what does not learn and keeps no fp32 weights of it; stage 3 cuts it up.
+        self._frozen = {
+            name: tensor.detach().to("cpu", copy=True)
+            for name, tensor in weights.items()
+            if not tensor.requires_grad
+        }
+        self._rank = topology.rank
         module.to(topology.device)
         self._engine, *_ = deepspeed.initialize(
             model=module,
@@ -107,18 +119,24 @@ class Engine:
     def save(self, directory: Path, tag: str) -> None:
         """Writes this rank's files below `directory/tag`. All ranks call it."""
         self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+        if self._rank == 0:
+            torch.save(self._frozen, directory / tag / FROZEN)
 
     def load(self, directory: Path, tag: str) -> None:
         self._engine.load_checkpoint(str(directory), tag=tag)
+        self._frozen = torch.load(directory / tag / FROZEN, weights_only=True)
 
     def weights(self) -> dict[str, Tensor]:
         """The model's weights in fp32 on the CPU, by the model's own names. All ranks call it."""
         full = _import_deepspeed().utils.safe_get_full_fp32_param
         weights = {}
         for name, tensor in self.module.model.state_dict(keep_vars=True).items():
-            sharded = self.zero_stage > 0 and tensor.requires_grad
-            whole = full(tensor) if sharded else tensor.detach()
-            weights[name] = whole.to("cpu", torch.float32 if whole.is_floating_point() else None, copy=True)
+            if name in self._frozen:
+                weights[name] = self._frozen[name]
+            else:
+                whole = full(tensor) if self.zero_stage > 0 else tensor.detach()
+                weights[name] = whole.to("cpu", torch.float32, copy=True)
+            assert weights[name].shape == self._shapes[name], name
         return weights
 
     def close(self) -> None:

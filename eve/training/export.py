@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import eve
-from eve.config import Model, Recipe, parse_recipe
+from eve.config import Model, Recipe, load_recipe
 from eve.data.tokenizer import Tokenizer
 from eve.errors import UserError
 from eve.model import VisionLanguageModel, build_model
@@ -36,21 +36,24 @@ def export_model(
     tokenizer: Tokenizer,
     metadata: dict[str, Any],
 ) -> None:
-    """Writes the directory under another name first: a reader finds all of it or the one before."""
+    """Writes the directory under another name first, so that a reader never finds half of it.
+
+    While an older export of the same name is replaced there is an instant at which a reader finds none.
+    """
     temporary = directory.with_name(f".{directory.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / WEIGHTS)
         (temporary / "recipe.yaml").write_text(recipe.to_yaml())
         (temporary / "tokenizer.model").write_bytes(tokenizer.model_bytes)
         about = {"format": 1, "eve": eve.__version__, "parameters": sum(t.numel() for t in weights.values())}
         (temporary / "metadata.json").write_text(json.dumps({**about, **metadata}, indent=1) + "\n")
+        shutil.rmtree(directory, ignore_errors=True)
+        temporary.rename(directory)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"the model cannot be exported to {directory}: {error}") from None
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
 
 
 def load_exported(directory: str | Path) -> tuple[nn.Module, Recipe, Tokenizer]:
@@ -58,22 +61,22 @@ def load_exported(directory: str | Path) -> tuple[nn.Module, Recipe, Tokenizer]:
     directory = Path(directory)
     recipe = exported_recipe(directory)
     tokenizer = Tokenizer.load(directory / "tokenizer.model")
+    if tokenizer.vocab_size != recipe.model.vocab_size:
+        raise UserError(
+            f"{directory / 'tokenizer.model'} has {tokenizer.vocab_size} pieces, model.vocab_size of its "
+            f"recipe.yaml is {recipe.model.vocab_size}"
+        )
     model = build_model(recipe.model, seed=recipe.seed)
     load_weights(model, directory)
     return model, recipe, tokenizer
 
 
-def exported_recipe(directory: Path) -> Recipe:
+def exported_recipe(directory: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of an exported directory with `section.key=value` overrides. Raises UserError."""
     path = directory / "recipe.yaml"
     if not path.is_file():
         raise UserError(f"{directory} is not an exported model: it has no recipe.yaml")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError:
-        tree = None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} is not the recipe of an exported model")
-    return parse_recipe(tree, where=str(path))
+    return load_recipe(str(path), list(overrides))
 
 
 def load_weights(model: nn.Module, directory: Path) -> None:

@@ -11,6 +11,7 @@ forward pass of the blocks under activation checkpointing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from eve.config import Model, Stream
 from eve.data.batch import Batch
 
 # Dense bf16 (V100, T4: fp16) tensor-core peaks in FLOP/s, from the vendors' data sheets. The first name that
-# is part of the device's name counts.
+# is in the device's name as whole words counts.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -59,7 +60,7 @@ class StepFlops:
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak of one device in FLOP/s; None where it is not known, such as for a CPU."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def mfu(model_flops: float, seconds: float, num_devices: int, device_name: str) -> float | None:

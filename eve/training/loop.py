@@ -110,6 +110,11 @@ class Run:
                 weights, finished = self._train_stage(index, weights)
                 if not finished:
                     return 128 + (self.stop.signal or signal.SIGTERM)
+            if self.state.skipped_steps == self.state.step:
+                raise UserError(
+                    f"none of the {self.state.step} steps was made, as no gradient was finite; "
+                    "there is nothing to export"
+                )
             assert weights is not None
             self._export(weights)
             return 0
@@ -205,7 +210,8 @@ class Run:
             self.window.add_output(stream.name, output)
         # Every rank has the same norm, and the window adds over ranks.
         share = 1 / self.topology.world_size
-        self.window.add("norm", torch.tensor([norm * share, share], dtype=torch.float64))
+        self.window.add("norm/sum", norm * share)
+        self.window.add("norm/count", share)
 
     def _skip(self, stage: Stage, outputs: list[ObjectiveOutput], data: StepData) -> None:
         """Counts a step that was not made; names it, and stops the run after too many in a row."""
@@ -237,8 +243,8 @@ class Run:
     def _log(self, rate: float, meter: Meter, data: StepData) -> None:
         sums = self.window.fetch(self.topology)
         metrics = means(sums)
-        if "norm" in sums:
-            metrics["grad_norm"] = float(sums["norm"][0] / sums["norm"][1])
+        if "norm/sum" in sums:
+            metrics["grad_norm"] = float(sums["norm/sum"] / sums["norm/count"])
         metrics["lr"] = rate
         metrics["skipped_steps"] = float(self.state.skipped_steps)
         metrics["bad_samples"] = self._count_bad_samples(data)
@@ -297,13 +303,6 @@ class Run:
         self.store.save(state.step, lambda directory: engine.save(directory, "engine"), write_shared)
 
     def _export(self, weights: dict[str, Tensor]) -> None:
-        def write() -> UserError | None:
-            try:
-                export_model(
-                    self.run_dir / "export", weights, self.recipe, self.tokenizer, {"step": self.state.step}
-                )
-            except UserError as error:
-                return error
-            return None
-
-        self.topology.raise_together(write() if self.topology.rank == 0 else None)
+        about = {"step": self.state.step}
+        directory = self.run_dir / "export"
+        self.topology.on_rank_0(lambda: export_model(directory, weights, self.recipe, self.tokenizer, about))

@@ -20,7 +20,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -29,6 +30,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from eve.config import Recipe
+from eve.errors import UserError
 from eve.moe.plan import RouterStats
 from eve.parallel.topology import Topology
 
@@ -42,7 +44,8 @@ class Monitor:
     """Writes the metrics of a run under `run_dir`; on every rank but 0 it does nothing.
 
     `start_step` is the number of steps already made: TensorBoard hides the events that an
-    interrupted run wrote after it. The file `metrics.jsonl` is appended to.
+    interrupted run wrote after it. The file `metrics.jsonl` is appended to. All ranks call everything
+    but `close`, and raise UserError together where rank 0 cannot write.
     """
 
     def __init__(
@@ -54,22 +57,24 @@ class Monitor:
         start_step: int = 0,
         console: TextIO | None = None,
     ) -> None:
+        self.topology = topology
         self.active = topology.rank == 0
         self.run_dir = Path(run_dir)
         self.total_steps = sum(stage.steps for stage in recipe.stages)
-        if not self.active:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
         self._console = console or sys.stdout
         self._samples = self.run_dir / "samples"
+        self.tensorboard_dir = self.run_dir / "tensorboard"
+        self._pace = _Pace(start_step)
+        self._on_rank_0(lambda: self._open(start_step))
+
+    def _open(self, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         self._samples.mkdir(parents=True, exist_ok=True)
         self._file = open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self.tensorboard_dir = self.run_dir / "tensorboard"
         self._events = SummaryWriter(
             str(self.tensorboard_dir), purge_step=start_step + 1 if start_step else None
         )
-        self._pace = _Pace(start_step)
 
     def log(self, step: int, metrics: Mapping[str, float], timing: Mapping[str, float]) -> None:
         """One line on the console and in `metrics.jsonl`, and a scalar each in TensorBoard.
@@ -77,37 +82,54 @@ class Monitor:
         step: optimizer steps made so far. metrics: what the recipe and the seed decide. timing: what
         the machine decides, without the prefix `time/`.
         """
-        if not self.active:
-            return
         record = {**metrics, **{f"time/{name}": value for name, value in timing.items()}}
-        self._write(step, record)
-        line = console_line(step, self.total_steps, metrics, timing, self._pace.eta(step, self.total_steps))
-        print(line, file=self._console, flush=True)
+        self._on_rank_0(lambda: self._write(step, record))
+        if self.active:
+            eta = self._pace.eta(step, self.total_steps)
+            line = console_line(step, self.total_steps, metrics, timing, eta)
+            print(line, file=self._console, flush=True)
 
     def log_router(self, step: int, stats: Sequence[RouterStats]) -> None:
         """Entropy, drops and losses of each router as metrics, the load of its experts as a heat map."""
-        if not self.active or not stats:
-            return
-        self._write(step, router_metrics(stats))
-        self._events.add_image("router/expert_load", load_heat_map(stats), step, dataformats="HWC")
+
+        def write() -> None:
+            self._events.add_image("router/expert_load", load_heat_map(stats), step, dataformats="HWC")
+            self._write(step, router_metrics(stats))
+
+        if stats:
+            self._on_rank_0(write)
 
     def log_images(self, step: int, pictures: Sequence[Picture]) -> None:
         """Each picture as `samples/step-XXXXXXXX.png` (the name of its source added to all but the first),
         its image and its text in TensorBoard."""
-        if not self.active:
-            return
-        for number, picture in enumerate(pictures):
-            suffix = f"-{picture.name}" if number else ""
-            Image.fromarray(picture.image_HWC).save(self._samples / f"step-{step:08d}{suffix}.png")
-            self._events.add_image(f"samples/{picture.name}", picture.image_HWC, step, dataformats="HWC")
-            if picture.text:
-                self._events.add_text(f"samples/{picture.name}", picture.text, step)
-        self._events.flush()
+
+        def write() -> None:
+            for number, picture in enumerate(pictures):
+                suffix = f"-{picture.name}" if number else ""
+                Image.fromarray(picture.image_HWC).save(self._samples / f"step-{step:08d}{suffix}.png")
+                self._events.add_image(f"samples/{picture.name}", picture.image_HWC, step, dataformats="HWC")
+                if picture.text:
+                    self._events.add_text(f"samples/{picture.name}", picture.text, step)
+            self._events.flush()
+
+        self._on_rank_0(write)
 
     def close(self) -> None:
         if self.active:
-            self._file.close()
-            self._events.close()
+            # All that was written has been flushed: what fails here has failed, and was told, before.
+            with suppress(OSError):
+                self._file.close()
+            with suppress(OSError):
+                self._events.close()
+
+    def _on_rank_0(self, write: Callable[[], None]) -> None:
+        def told() -> None:
+            try:
+                write()
+            except OSError as error:
+                raise UserError(f"cannot write to {self.run_dir}: {error.strerror}") from None
+
+        self.topology.on_rank_0(told)
 
     def _write(self, step: int, record: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
@@ -115,6 +137,7 @@ class Monitor:
         self._file.flush()
         for name, value in record.items():
             self._events.add_scalar(name, value, step)
+        self._events.flush()
 
 
 class _Pace:

@@ -25,7 +25,11 @@ class Window:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Tensor | float) -> None:
-        value = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
+        if isinstance(value, Tensor):
+            value = value.detach().to(self.device, torch.float64)
+        else:
+            # Filled on the device: a copy from the host would wait for all work before it.
+            value = torch.full((), value, dtype=torch.float64, device=self.device)
         known = self._sums.get(name)
         self._sums[name] = value.clone() if known is None else known + value
 

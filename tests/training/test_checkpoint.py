@@ -53,10 +53,13 @@ def test_clean_leaves_what_is_not_its_own(tmp_path: Path) -> None:
     assert names(store) == ["mine", "step-00000005"]
 
 
-def test_the_same_step_again_replaces_the_old_one(tmp_path: Path) -> None:
+def test_a_checkpoint_is_never_replaced(tmp_path: Path) -> None:
+    """A crash between taking the old one away and giving its name to the new one would leave none."""
     store = CheckpointStore(tmp_path, ONE, keep=1)
     save(store, 5, "old")
-    assert (save(store, 5, "new") / "rank_0.bin").read_text() == "new"
+    with pytest.raises(UserError, match="cannot be written"):
+        save(store, 5, "new")
+    assert (tmp_path / "step-00000005" / "rank_0.bin").read_text() == "old"
     assert names(store) == ["step-00000005"]
 
 

@@ -41,14 +41,22 @@ def config(**changes) -> Model:
     )
 
 
-def grouped_mm_flop(a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
-    """(N, I) x (E, I, O) -> (N, O): each row meets one expert; (I, N) x (N, O) -> (E, I, O) likewise."""
-    return 2 * math.prod(a_shape) * b_shape[-1]
+def grouped_linear_flop(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    """(N, I) x (E, I, O) -> (N, O): each row meets one expert."""
+    return 2 * math.prod(x_shape) * weight_shape[-1]
+
+
+def grouped_linear_backward_flop(grad_shape, x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    """Of the input and of the weight: each row meets one expert again."""
+    return 4 * math.prod(x_shape) * weight_shape[-1]
 
 
 def counted(run) -> int:
     """What torch counts, attention written out as matrix products."""
-    mapping = {torch.ops.aten._grouped_mm: grouped_mm_flop}
+    mapping = {
+        torch.ops.eve.grouped_linear: grouped_linear_flop,
+        torch.ops.eve.grouped_linear_backward: grouped_linear_backward_flop,
+    }
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         run()
     return counter.get_total_flops()
@@ -153,6 +161,9 @@ def test_checkpointing_adds_one_pass_of_the_blocks():
         ("NVIDIA A10G", 70e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA RTX A1000 Laptop GPU", None),
         ("cpu", None),
     ],
 )

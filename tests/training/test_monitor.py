@@ -18,7 +18,7 @@ from eve.training.pictures import Picture
 
 
 def topology(rank: int) -> Topology:
-    return Topology(rank, 2, rank, torch.device("cpu"))
+    return Topology(rank, 1, rank, torch.device("cpu"))
 
 
 def stats_of(layer: int, counts_ME: list[list[int]], dropped_M=(0, 0), entropy=0.0) -> RouterStats:

@@ -1,22 +1,21 @@
 """The pictures show what they say they show, pixel for pixel and word for word."""
 
-import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 
 from eve.config import Decoder, FeedForward, Model, Stream
 from eve.data.batch import Sample, collate
-from eve.data.tokenizer import SPECIALS, Tokenizer
+from eve.data.tokenizer import Tokenizer
 from eve.model import build_model
 from eve.objectives import build_objective
 from eve.objectives.masked_image import ImagePrediction, image_target, raw_patches
 from eve.objectives.masked_text import TextPrediction
 from eve.training.drawing import GREEN, GREY, RED, Cell, Line, draw_sheet
 from eve.training.pictures import captions_of, draw_batch, footnote, image_rows
+from tools.train_tokenizer import train
 
 IMAGE = Stream(name="image", source="pairs", objective="masked_image")
 TEXT = Stream(name="text", source="pairs", objective="masked_text")
@@ -25,23 +24,7 @@ CAPTIONS = ["a red cat sits on the mat", "two dogs run over wet grass", "a bird"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(CAPTIONS * 20),
-        model_writer=model,
-        vocab_size=48,
-        model_type="bpe",
-        pad_id=0,
-        pad_piece=SPECIALS[0],
-        unk_id=4,
-        unk_piece=SPECIALS[4],
-        bos_id=-1,
-        eos_id=-1,
-        control_symbols=list(SPECIALS[1:4]),
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    return Tokenizer(model.getvalue())
+    return Tokenizer(train(CAPTIONS * 20, 48, "bpe"))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 from eve.moe.plan import RouterStats
@@ -49,6 +50,16 @@ def test_a_window_cut_by_a_checkpoint_has_the_same_bits() -> None:
             cut.load(state, ONE)
         cut.add("x", value)
     assert torch.equal(whole.fetch(ONE)["x"], cut.fetch(ONE)["x"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU copies nothing to a device")
+def test_a_constant_does_not_make_the_host_wait() -> None:
+    window = Window(torch.device("cuda"))
+    torch.cuda.set_sync_debug_mode("error")
+    window.add("x", 1.0)
+    window.add("x", 2.0)
+    torch.cuda.set_sync_debug_mode("default")
+    assert float(window.fetch(ONE)["x"]) == 3.0
 
 
 def test_the_shares_of_two_ranks_add_up_on_one() -> None:
