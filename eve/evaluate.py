@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from eve.config import Recipe, load_recipe
+from eve.config import Recipe
 from eve.errors import UserError
 from eve.tasks import pretrain
 from eve.tasks.report import check_output, to_text, write
-from eve.training.export import load_exported
+from eve.training.export import exported_recipe, load_exported
 
 # One module for each task: check(recipe, cells), evaluate(model, recipe, tokenizer, cells, pictures_dir).
 TASKS = {"pretrain": pretrain}
@@ -85,15 +85,14 @@ def find_export(directory: Path) -> Path:
         )
     raise UserError(
         f"{directory} holds no exported model (model.safetensors, or export/model.safetensors); "
-        f"a run exports when it ends"
+        f"a run exports when it ends; if it was stopped, finish it with python -m eve.pretrain ... --resume"
     )
 
 
 def _recipe(exported: Path, overrides: list[str]) -> Recipe:
     """The recipe of the checkpoint with overrides. Raises UserError where these change the model."""
-    path = str(exported / "recipe.yaml")
-    recipe = load_recipe(path, overrides)
-    if recipe.model != load_recipe(path).model:
+    recipe = exported_recipe(exported, overrides)
+    if recipe.model != exported_recipe(exported).model:
         raise UserError("the overrides change model.*, but the model is that of the checkpoint")
     return recipe
 

@@ -6,17 +6,16 @@ import io
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 from PIL import Image, ImageDraw
 
 from eve.config import Recipe, load_recipe
 from eve.data.shard_writer import Record, write_shards
-from eve.data.tokenizer import SPECIALS
+from tools.train_tokenizer import train
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 SHAPES = ("circle", "square", "triangle")
 PLACES = ("left", "right", "top", "bottom")
-VOCABULARY = 96
+VOCABULARY = 40
 
 
 def make_record(number: int) -> Record:
@@ -50,26 +49,10 @@ def write_tiny(directory: Path, num_samples: int = 90) -> Path:
     """Shards, tokenizer and recipe below the directory; returns the recipe's path."""
     records = [make_record(number) for number in range(num_samples)]
     write_shards(records, directory / "train", shard_size=32)
-    text = directory / "captions.txt"
-    text.write_text("\n".join(caption for record in records for caption in record.captions))
-    sentencepiece.SentencePieceTrainer.Train(
-        input=str(text),
-        model_prefix=str(directory / "tokenizer"),
-        vocab_size=VOCABULARY,
-        model_type="unigram",
-        hard_vocab_limit=False,
-        pad_id=0,
-        unk_id=1,
-        bos_id=-1,
-        eos_id=-1,
-        pad_piece=SPECIALS[0],
-        unk_piece=SPECIALS[4],
-        user_defined_symbols=list(SPECIALS[1:4]),
-        minloglevel=2,
-    )
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+    captions = [caption for record in records for caption in record.captions]
+    (directory / "tokenizer.model").write_bytes(train(captions, VOCABULARY))
     recipe = directory / "tiny.yaml"
-    recipe.write_text(RECIPE.format(directory=directory, vocab_size=processor.GetPieceSize()))
+    recipe.write_text(RECIPE.format(directory=directory, vocab_size=VOCABULARY))
     return recipe
 
 

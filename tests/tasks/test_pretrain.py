@@ -2,22 +2,23 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 from PIL import Image
 
 from eve.config import load_recipe
 from eve.data.loader import read_samples
 from eve.data.shard_writer import Record, write_shards
-from eve.data.tokenizer import SPECIALS, Tokenizer
+from eve.data.tokenizer import Tokenizer
 from eve.evaluate import main
 from eve.model import build_model
 from eve.tasks.pretrain import file_name, labelled_features
 from eve.training.export import export_model, load_exported
+from tools.train_tokenizer import train
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 40), "blue": (30, 30, 220)}
 SHAPES = ("square", "stripe")
@@ -47,23 +48,8 @@ def run_dir(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("home")
     write_shards(records(60, seed=0), home / "train", 32)
     write_shards(records(40, seed=1), home / "held_out", 32)
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(f"a {c} {s} on noise" for _ in range(20) for c in COLOURS for s in SHAPES),
-        model_writer=model,
-        vocab_size=40,
-        model_type="bpe",
-        pad_id=0,
-        pad_piece=SPECIALS[0],
-        unk_id=4,
-        unk_piece=SPECIALS[4],
-        bos_id=-1,
-        eos_id=-1,
-        control_symbols=list(SPECIALS[1:4]),
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    tokenizer = Tokenizer(model.getvalue())
+    texts = [f"a {colour} {shape} on noise" for _ in range(20) for colour in COLOURS for shape in SHAPES]
+    tokenizer = Tokenizer(train(texts, 40, "bpe"))
     recipe = load_recipe(
         "eve_tiny",
         [
@@ -74,6 +60,7 @@ def run_dir(tmp_path_factory) -> Path:
             "model.hidden=32",
             f"model.vocab_size={tokenizer.vocab_size}",
             "model.decoder={depth: 1, width: 16, heads: 2}",
+            "stages.0.streams.0.normalise_pixels=true",
             f"data.sources.pairs.mix.0.shards={home}/train/*.tar",
             f"evaluation={{shards: {{{CELL}: {home}/held_out/*.tar}}, batch_size: 16, label: colour}}",
         ],
@@ -174,9 +161,23 @@ def test_mistakes_are_one_sentence_and_exit_code_2(run_dir, capsys, arguments, s
 
 def test_a_directory_without_a_model_is_refused(tmp_path, capsys):
     assert evaluate(tmp_path) == 2
-    assert "no exported model" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "no exported model" in error
+    assert "finish it with python -m eve.pretrain ... --resume" in error
     assert evaluate(tmp_path / "nowhere") == 2
     assert "no directory" in capsys.readouterr().err
+
+
+def test_an_export_whose_parts_do_not_fit_together_is_refused(run_dir, tmp_path, capsys):
+    export = shutil.copytree(run_dir / "export", tmp_path / "export")
+    (export / "tokenizer.model").write_bytes(train(["a b c d e f"] * 9, 14, "bpe"))
+    assert evaluate(export) == 2
+    assert (
+        "tokenizer.model has 14 pieces, model.vocab_size of its recipe.yaml is 40" in capsys.readouterr().err
+    )
+    (export / "recipe.yaml").unlink()
+    assert evaluate(export) == 2
+    assert "is not an exported model: it has no recipe.yaml" in capsys.readouterr().err
 
 
 def test_features_are_means_over_the_tokens_of_each_sample_alone(run_dir):
