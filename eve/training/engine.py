@@ -26,7 +26,7 @@ from eve.config import Optimizer
 from eve.data.batch import Batch
 from eve.objectives import ObjectiveOutput, PretrainModule
 from eve.parallel.topology import Topology
-from eve.training.ds_config import zero_stage
+from eve.training.ds_config import precision, zero_stage
 from eve.training.optimizer import build_optimizer
 
 # Beside DeepSpeed's files of a checkpoint: the fp32 weights that do not learn.
@@ -56,13 +56,11 @@ class Engine:
         self._coalescing: Any = None
         clips = self.zero_stage == 0
         weights = module.model.state_dict(keep_vars=True)
-        self._shapes = {name: tensor.shape for name, tensor in weights.items()}
+        learning = {name: tensor for name, tensor in weights.items() if tensor.requires_grad}
+        start = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
+        self._shapes = {name: tensor.shape for name, tensor in start.items()}
         # Mixed precision rounds what does not learn and keeps no fp32 weights of it; stage 3 cuts it up.
-        self._frozen = {
-            name: tensor.detach().to("cpu", copy=True)
-            for name, tensor in weights.items()
-            if not tensor.requires_grad
-        }
+        self._frozen = {name: tensor for name, tensor in start.items() if name not in learning}
         self._rank = topology.rank
         module.to(topology.device)
         self._engine, *_ = deepspeed.initialize(
@@ -72,6 +70,11 @@ class Engine:
             config={**config, "gradient_clipping": 0.0} if clips else config,
             dist_init_required=False,
         )
+        if precision(config) != "fp32":
+            # Its fp32 weights were made from the rounded ones.
+            for name, parameter in learning.items():
+                value = start[name].to(topology.device)
+                deepspeed.utils.safe_set_full_fp32_param(parameter, value)
         if self.zero_stage == 3:
             # Its hooks gather a module's own parameters for the backward when they see tensors among its
             # outputs, and the encoder returns a dataclass. What is not in leaves is small: the root keeps it.

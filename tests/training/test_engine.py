@@ -16,7 +16,7 @@ from eve.data.loader import read_samples
 from eve.data.tokenizer import Tokenizer
 from eve.objectives import build_objective
 from eve.parallel.topology import Topology
-from eve.training.ds_config import DS_CONFIGS, resolve_ds_config
+from eve.training.ds_config import DS_CONFIGS, StepPlan, resolve_ds_config
 from eve.training.engine import Engine
 from eve.training.stages import build_stage
 from tests.rank_pool import RankPool
@@ -55,8 +55,9 @@ def read_batches(recipe: Recipe) -> list[list]:
     return [found[i : i + BATCH] for i in range(0, len(found), BATCH)]
 
 
-def plain_steps(recipe: Recipe) -> tuple[dict[str, Tensor], list[float]]:
-    """(weights, gradient norms): one process, whole batch, torch.optim and torch's clipping, no engine."""
+def plain_steps(recipe: Recipe, cut: int = BATCH) -> tuple[dict[str, Tensor], list[float]]:
+    """(weights, gradient norms): one process, torch.optim and torch's clipping, no engine. `cut`: samples of
+    a forward pass."""
     stage = recipe.stages[0]
     alone = Topology(0, 1, 0, torch.device("cpu"))
     module = build_stage(recipe, stage, None, alone).train()
@@ -78,14 +79,29 @@ def plain_steps(recipe: Recipe) -> tuple[dict[str, Tensor], list[float]]:
     )
     norms = []
     for samples in read_batches(recipe):
-        batch = collate(samples)
         for stream in stage.streams:
             objective = module.objectives[stream.name]
-            (stream.weight * objective(module.model, batch, objective.units(batch), 1.0).loss).backward()
+            units = objective.units(collate(samples))
+            for start in range(0, BATCH, cut):
+                batch = collate(samples[start : start + cut])
+                (stream.weight * objective(module.model, batch, units, cut / BATCH).loss).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip)))
         optimizer.step()
         optimizer.zero_grad()
     return {name: p.detach().clone() for name, p in parameters.items()}, norms
+
+
+def build_engine(
+    recipe: Recipe, config: str, previous: dict[str, Tensor] | None = None
+) -> tuple[Engine, StepPlan, Topology]:
+    topology = Topology.from_environment()
+    stage = recipe.stages[0]
+    tree = json.loads((DS_CONFIGS / config).read_text())
+    # As of a large model: small weights are cut up as well.
+    tree["zero_optimization"] |= {"stage3_param_persistence_threshold": 10}
+    resolved, plan = resolve_ds_config(tree, recipe, stage, topology.world_size, cuda=False, where=config)
+    module = build_stage(recipe, stage, previous, topology)
+    return Engine(module, recipe.optimizer, resolved, topology), plan, topology
 
 
 def engine_steps(
@@ -93,12 +109,9 @@ def engine_steps(
 ) -> tuple[dict[str, Tensor], list[float]]:
     """The same through the engine; runs on every rank of a pool."""
     recipe = tiny_recipe(recipe_path, *overrides, f"training.micro_batch_size={micro_batch}")
-    topology = Topology.from_environment()
     stage = recipe.stages[0]
-    tree = json.loads((DS_CONFIGS / config).read_text())
-    resolved, plan = resolve_ds_config(tree, recipe, stage, topology.world_size, cuda=False, where=config)
-    module = build_stage(recipe, stage, None, topology)
-    engine = Engine(module, recipe.optimizer, resolved, topology)
+    engine, plan, topology = build_engine(recipe, config)
+    module = engine.module
     norms = []
     for samples in read_batches(recipe):
         whole = collate(samples)
@@ -130,3 +143,88 @@ def test_two_ranks_equal_one_plain_process(
             torch.testing.assert_close(
                 weights[name], weight, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+
+PAIR = ("stages.0.streams=[{name: pair, source: pairs, objective: masked_pair}]",)
+# So large that the dropped choices are seen in the weights.
+CAPACITY = "model.feed_forward.1.capacity_factor=0.5", "model.init_std=0.2", "model.layer_scale=1.0"
+
+
+@pytest.mark.parametrize(
+    ("more", "config", "cut"),
+    [
+        (PAIR, "fp32.json", 4),
+        (PAIR, "zero2_fp32.json", 8),
+        # What finds a slot depends on who is in the forward pass.
+        (CAPACITY, "fp32.json", 4),
+        (CAPACITY, "zero1_fp32.json", 8),
+    ],
+)
+def test_pairs_and_slots_equal_plain_micro_batches(
+    more: tuple[str, ...], config: str, cut: int, tiny: Path, two_ranks: RankPool
+) -> None:
+    overrides = (*OVERRIDES, *more)
+    expected, expected_norms = plain_steps(tiny_recipe(tiny, *overrides), cut)
+    if more == CAPACITY:
+        _, dropless = plain_steps(tiny_recipe(tiny, *overrides, "model.feed_forward.1.capacity_factor=0"))
+        assert expected_norms != pytest.approx(dropless, rel=1e-3)
+    for weights, norms in two_ranks.run(engine_steps, tiny, overrides, config, cut):
+        assert norms == pytest.approx(expected_norms, rel=1e-4)
+        for name, weight in expected.items():
+            torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("config", ["zero1_bf16.json", "zero2_bf16.json"])
+def test_bf16_stays_near_fp32(config: str, tiny: Path, two_ranks: RankPool) -> None:
+    expected, expected_norms = plain_steps(tiny_recipe(tiny, *OVERRIDES))
+    for weights, norms in two_ranks.run(engine_steps, tiny, OVERRIDES, config, 8):
+        # bf16 has 8 bits.
+        assert norms == pytest.approx(expected_norms, rel=0.05)
+        moved = [(weights[name] - weight).abs().max() for name, weight in expected.items()]
+        assert max(moved) < STEPS * LEARNING_RATE
+        # The fp32 weights are there, not their rounding.
+        assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in weights.values())
+
+
+FROZEN_DECODER = "stages.0.trainable=['encoder.*', 'word_head.*']"
+
+
+def weights_around_a_checkpoint(
+    recipe_path: Path, overrides: tuple[str, ...], config: str, directory: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """(before, of the engine, of another engine, begun elsewhere, that has loaded its checkpoint)."""
+    recipe = tiny_recipe(recipe_path, *overrides)
+    engine, _, topology = build_engine(recipe, config)
+    before = build_stage(recipe, recipe.stages[0], None, topology).model.state_dict()
+    if topology.rank == 0:
+        (directory / "tag").mkdir(parents=True)
+    engine.save(directory, "tag")
+    after = engine.weights()
+    engine.close()
+    other, _, _ = build_engine(recipe, config, {name: weight + 1 for name, weight in before.items()})
+    other.load(directory, "tag")
+    loaded = other.weights()
+    other.close()
+    return before, after, loaded
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides"),
+    [
+        ("zero1_bf16.json", OVERRIDES),
+        ("zero2_bf16.json", OVERRIDES),
+        ("zero3_fp32.json", DENSE),
+        ("zero3_bf16.json", DENSE),
+    ],
+)
+def test_frozen_weights_keep_every_bit(
+    config: str, overrides: tuple[str, ...], tiny: Path, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    answers = two_ranks.run(
+        weights_around_a_checkpoint, tiny, (*overrides, FROZEN_DECODER), config, tmp_path / "checkpoint"
+    )
+    for before, after, loaded in answers:
+        assert any(name.startswith("decoder.") for name in before)
+        for name, weight in before.items():
+            assert torch.equal(after[name], weight), name
+            assert torch.equal(loaded[name], weight), name
