@@ -29,7 +29,7 @@ from eve.objectives.masked_image import MaskedImage
 from eve.objectives.masked_text import MaskedText
 from eve.tasks.masked_pixels import measure_pixels, pixel_tables
 from eve.tasks.masked_words import grounding, measure_words, with_wrong_images, word_tables
-from eve.tasks.probes import linear_probe, majority_accuracy, nearest_neighbour_probe
+from eve.tasks.probes import LinearProbe, majority_accuracy, nearest_neighbour_probe
 from eve.tasks.report import Table, Value
 from eve.training.pictures import draw_batch
 
@@ -168,12 +168,13 @@ def _probes(
     names = sorted({*train_labels, *(name for _, _, labels in test.values() for name in labels)})
     code = {name: index for index, name in enumerate(names)}
     train_B = torch.tensor([code[name] for name in train_labels])
+    linear_probes = [LinearProbe(train_BD, train_B, seed=recipe.seed) for train_BD in train_features]
     rows: list[list[Value]] = []
     for cell, (*test_features, test_labels) in test.items():
         test_B = torch.tensor([code[name] for name in test_labels])
         row: list[Value] = [cell, len(test_B), majority_accuracy(train_B, test_B)]
-        for train_BD, test_BD in zip(train_features, test_features, strict=True):
-            row.append(linear_probe(train_BD, train_B, test_BD, test_B, seed=recipe.seed))
+        for linear, train_BD, test_BD in zip(linear_probes, train_features, test_features, strict=True):
+            row.append(linear.accuracy(test_BD, test_B))
             row.append(nearest_neighbour_probe(train_BD, train_B, test_BD, test_B))
         rows.append(row)
     notes = [

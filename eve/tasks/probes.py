@@ -14,28 +14,35 @@ from torch import Tensor
 L2_WEIGHTS = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
-def linear_probe(
-    train_BD: Tensor, train_labels_B: Tensor, test_BD: Tensor, test_labels_B: Tensor, *, seed: int
-) -> float:
-    """Top-1 accuracy of a multinomial logistic regression on standardised features.
+class LinearProbe:
+    """A multinomial logistic regression on standardised features, fitted once for all that it is tested on.
 
     The weight of the L2 penalty is chosen on a fifth of the training features, held out by the seed, then
     the regression is fitted on all of them. Mean and standard deviation are those of the training features.
     """
-    num_classes = int(max(train_labels_B.max(), test_labels_B.max())) + 1
-    mean_D, std_D = train_BD.mean(0), train_BD.std(0) + 1e-6
-    train_BD, test_BD = (train_BD - mean_D) / std_D, (test_BD - mean_D) / std_D
-    order_B = torch.from_numpy(np.random.default_rng(seed).permutation(len(train_BD)))
-    held_out, kept = order_B[: len(order_B) // 5], order_B[len(order_B) // 5 :]
 
-    def accuracy(weight: float, rows: Tensor, on_BD: Tensor, labels_B: Tensor) -> float:
-        weights_CD, bias_C = fit_logistic(train_BD[rows], train_labels_B[rows], num_classes, weight)
-        return float(((on_BD @ weights_CD.T + bias_C).argmax(1) == labels_B).float().mean())
+    def __init__(self, train_BD: Tensor, labels_B: Tensor, *, seed: int) -> None:
+        self._mean_D, self._std_D = train_BD.mean(0), train_BD.std(0) + 1e-6
+        features_BD = (train_BD - self._mean_D) / self._std_D
+        num_classes = int(labels_B.max()) + 1
+        order_B = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels_B)))
+        held_out, kept = order_B[: len(order_B) // 5], order_B[len(order_B) // 5 :]
 
-    best = max(
-        L2_WEIGHTS, key=lambda weight: accuracy(weight, kept, train_BD[held_out], train_labels_B[held_out])
-    )
-    return accuracy(best, order_B, test_BD, test_labels_B)
+        def held_out_accuracy(weight: float) -> float:
+            fitted = fit_logistic(features_BD[kept], labels_B[kept], num_classes, weight)
+            return _accuracy(*fitted, features_BD[held_out], labels_B[held_out])
+
+        best = max(L2_WEIGHTS, key=held_out_accuracy)
+        self._weights_CD, self._bias_C = fit_logistic(features_BD, labels_B, num_classes, best)
+
+    def accuracy(self, test_BD: Tensor, labels_B: Tensor) -> float:
+        """Top-1 accuracy; a class that training did not show is missed."""
+        features_BD = (test_BD - self._mean_D) / self._std_D
+        return _accuracy(self._weights_CD, self._bias_C, features_BD, labels_B)
+
+
+def _accuracy(weights_CD: Tensor, bias_C: Tensor, features_BD: Tensor, labels_B: Tensor) -> float:
+    return float(((features_BD @ weights_CD.T + bias_C).argmax(1) == labels_B).float().mean())
 
 
 def fit_logistic(

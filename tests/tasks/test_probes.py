@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eve.tasks.probes import fit_logistic, linear_probe, majority_accuracy, nearest_neighbour_probe
+from eve.tasks.probes import LinearProbe, fit_logistic, majority_accuracy, nearest_neighbour_probe
 
 
 def blobs(per_class: int, num_classes: int, dimensions: int, spread: float, seed: int):
@@ -17,7 +17,7 @@ def blobs(per_class: int, num_classes: int, dimensions: int, spread: float, seed
 def test_separable_classes_are_told_apart():
     train, train_labels = blobs(40, 5, 16, 0.3, seed=0)
     test, test_labels = blobs(20, 5, 16, 0.3, seed=1)
-    assert linear_probe(train, train_labels, test, test_labels, seed=0) == 1.0
+    assert LinearProbe(train, train_labels, seed=0).accuracy(test, test_labels) == 1.0
     assert nearest_neighbour_probe(train, train_labels, test, test_labels) == 1.0
 
 
@@ -25,7 +25,7 @@ def test_features_without_information_stay_near_chance():
     random = torch.Generator().manual_seed(0)
     train, test = torch.randn(800, 8, generator=random), torch.randn(800, 8, generator=random)
     train_labels, test_labels = torch.arange(800) % 4, torch.arange(800) % 4
-    assert linear_probe(train, train_labels, test, test_labels, seed=0) < 0.33
+    assert LinearProbe(train, train_labels, seed=0).accuracy(test, test_labels) < 0.33
     assert nearest_neighbour_probe(train, train_labels, test, test_labels) < 0.33
 
 
@@ -33,8 +33,10 @@ def test_scale_and_offset_of_a_feature_do_not_matter():
     train, train_labels = blobs(40, 3, 6, 2.0, seed=0)
     test, test_labels = blobs(200, 3, 6, 2.0, seed=1)
     scale, offset = torch.tensor([1e-3, 1, 10, 1e3, 5, 2]), torch.tensor([0, 7, -3, 1e4, 0, 1])
-    plain = linear_probe(train, train_labels, test, test_labels, seed=0)
-    moved = linear_probe(train * scale + offset, train_labels, test * scale + offset, test_labels, seed=0)
+    plain = LinearProbe(train, train_labels, seed=0).accuracy(test, test_labels)
+    moved = LinearProbe(train * scale + offset, train_labels, seed=0).accuracy(
+        test * scale + offset, test_labels
+    )
     assert 0.5 < plain < 1.0
     assert moved == pytest.approx(plain, abs=0.01)
 
@@ -66,7 +68,7 @@ def test_a_class_that_training_never_showed_is_only_missed():
     train, train_labels = blobs(20, 2, 4, 0.1, seed=0)
     test_labels = torch.cat([train_labels, torch.tensor([2])])
     test = torch.cat([train, torch.zeros(1, 4)])
-    assert linear_probe(train, train_labels, test, test_labels, seed=0) == pytest.approx(40 / 41)
+    assert LinearProbe(train, train_labels, seed=0).accuracy(test, test_labels) == pytest.approx(40 / 41)
     assert nearest_neighbour_probe(train, train_labels, test, test_labels) == pytest.approx(40 / 41)
 
 
