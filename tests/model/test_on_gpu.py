@@ -1,4 +1,4 @@
-"""The paths that only a GPU takes, against the CPU: varlen attention, biases and their gradients by product."""
+"""The paths that only a GPU takes, against the CPU: varlen attention, biases of experts by product."""
 
 import pytest
 import torch
