@@ -164,7 +164,7 @@ def images_per_second(
     return done / (clock() - start)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shards", help="a pattern of local shards; default: made and kept in --cache")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "eve_benchmark_loader")
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--float", action="store_true", dest="as_float", help="the stream gives floats too")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
 
     if options.shards is None:
