@@ -6,8 +6,8 @@
     python -m eve.pretrain --recipe eve_tiny
 
 Writes runs/NAME/ (or --run_dir): recipe, metrics.jsonl, TensorBoard events, samples, checkpoints and, at the
-end, export/. `--resume` goes on from the last complete checkpoint. SIGTERM and SIGINT save one
-and end with 128 + the signal's number (143, 130). A mistake that the user can mend ends with one sentence
+end, export/. `--resume` goes on from the last complete checkpoint, or starts where there is none, so
+a script that is relaunched may always say it. SIGTERM and SIGINT save a checkpoint and end with 128 + the signal's number (143, 130). A mistake that the user can mend ends with one sentence
 and exit code 2, where possible before the model is built.
 """
 
@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from eve.training.checkpoint import CheckpointStore, directory_size
 from eve.training.ds_config import (
     DS_CONFIGS,
     check_deepspeed_version,
+    micro_batch_size,
     precision,
     read_ds_config,
     resolve_ds_config,
@@ -42,8 +45,9 @@ from eve.training.ds_config import (
 from eve.training.export import check_weights
 from eve.training.loop import Run, TrainState
 
-# Sections of the recipe that a resumed run may change.
-FREE_SECTIONS = ("training", "evaluation")
+# What a resumed run may change in the recipe: how it runs (what of it changes results is compared apart), and
+# where its data lie (their content is compared: the tokenizer's bytes, names and counts of the shards).
+FREE_KEYS = re.compile(r"training\..*|evaluation\..*|data\.tokenizer|data\.sources\..*\.shards")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,10 +67,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", required=True, help="name in eve/recipes/ or path of a YAML file")
     parser.add_argument("--deepspeed_config", help="ds_configs/zero1_bf16.json, or fp32.json without CUDA")
     parser.add_argument("--run_dir", type=Path, help="default: runs/NAME of the recipe")
-    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last complete checkpoint, or start where there is none: a script may always say it",
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of the recipe")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def pretrain(options: argparse.Namespace, topology: Topology) -> int:
@@ -78,13 +86,23 @@ def pretrain(options: argparse.Namespace, topology: Topology) -> int:
         error = mistake
     topology.raise_together(error)
     assert prepared is not None
-    if topology.rank == 0:
+    run_dir, state = prepared["run_dir"], prepared["state"]
+    is_new = not run_dir.exists()
+
+    def begin() -> None:
         try:
-            begin_run_dir(prepared, topology)
+            begin_run_dir(prepared, topology, resume=options.resume)
         except OSError as mistake:
-            error = UserError(f"cannot write to {prepared['run_dir']}: {mistake.strerror}")
-    topology.raise_together(error)
-    return Run(topology=topology, **prepared).train()
+            raise UserError(f"cannot write to {run_dir}: {mistake.strerror}") from None
+
+    try:
+        topology.on_rank_0(begin)
+        return Run(topology=topology, **prepared).train()
+    except BaseException:
+        # A run that made no step leaves no directory in the way of the next try.
+        if topology.rank == 0 and is_new and state.step == 0:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
 
 
 def prepare(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
@@ -113,7 +131,7 @@ def prepare(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
     checkpoint = check_run_dir(run_dir, store, resume=options.resume)
     state = TrainState()
     if checkpoint is not None:
-        state = read_state(checkpoint, recipe, tokenizer, ds_tree, topology)
+        state = read_state(checkpoint, recipe, tokenizer, ds_tree, where, topology)
     check_disk(run_dir, store, recipe)
     return {
         "recipe": recipe,
@@ -128,16 +146,19 @@ def prepare(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
 
 
 def check_run_dir(run_dir: Path, store: CheckpointStore, *, resume: bool) -> Path | None:
-    """The checkpoint to start from; None starts at step 0."""
-    if resume and not run_dir.is_dir():
-        raise UserError(f"there is no run {run_dir} to resume; start it without --resume")
+    """The checkpoint to start from; None starts at step 0, also to resume a run that has none yet."""
     if not resume and run_dir.exists():
         raise UserError(f"the run directory {run_dir} exists; go on with --resume or give another --run_dir")
     return store.latest() if resume else None
 
 
 def read_state(
-    checkpoint: Path, recipe: Recipe, tokenizer: Tokenizer, ds_tree: dict[str, Any], topology: Topology
+    checkpoint: Path,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    ds_tree: dict[str, Any],
+    where: str,
+    topology: Topology,
 ) -> TrainState:
     """The state of a checkpoint, which must be of this recipe, tokenizer and layout."""
     state = TrainState(**json.loads((checkpoint / "state.json").read_text()))
@@ -146,7 +167,7 @@ def read_state(
     differing = [
         f"{key} is {ours.get(key)!r}, was {theirs.get(key)!r}"
         for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key) and key.split(".")[0] not in FREE_SECTIONS
+        if ours.get(key) != theirs.get(key) and not FREE_KEYS.fullmatch(key)
     ]
     if differing:
         shown = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
@@ -159,11 +180,10 @@ def read_state(
     for name, found, expected in (
         ("ZeRO stage", zero_stage(ds_tree), state.zero_stage),
         ("precision", precision(ds_tree), state.precision),
+        ("micro-batch size", micro_batch_size(ds_tree, recipe, where), state.micro_batch_size),
     ):
         if found != expected:
-            raise UserError(
-                f"the checkpoint {checkpoint} has {name} {expected}, the DeepSpeed config says {found}"
-            )
+            raise UserError(f"the checkpoint {checkpoint} has {name} {expected}, this run has {found}")
     if state.zero_stage > 0 and state.world_size != topology.world_size:
         raise UserError(
             f"the checkpoint {checkpoint} was written by {state.world_size} processes with ZeRO stage "
@@ -186,7 +206,7 @@ def check_disk(run_dir: Path, store: CheckpointStore, recipe: Recipe) -> None:
         )
 
 
-def begin_run_dir(prepared: dict[str, Any], topology: Topology) -> None:
+def begin_run_dir(prepared: dict[str, Any], topology: Topology, *, resume: bool) -> None:
     """Makes the directory, cuts off what a killed run wrote after its checkpoint, prints what will run."""
     recipe, run_dir, state = prepared["recipe"], prepared["run_dir"], prepared["state"]
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -213,7 +233,8 @@ def begin_run_dir(prepared: dict[str, Any], topology: Topology) -> None:
     if prepared["checkpoint"] is not None:
         print(f"resuming {prepared['checkpoint']} at step {state.step}", flush=True)
     else:
-        print(f"starting {run_dir}", flush=True)
+        nothing = " at step 0, there is no checkpoint to resume" if resume else ""
+        print(f"starting {run_dir}{nothing}", flush=True)
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -230,5 +251,20 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def program() -> None:
+    """`main` as the whole of a process."""
+    try:
+        code = main()
+        Topology.leave()
+    except Exception:
+        # A defect, maybe on this rank alone: the launcher ends the others once this process is gone, so
+        # no thread, process group or exit handler may keep it.
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

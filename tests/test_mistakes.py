@@ -117,6 +117,32 @@ def test_tokenizer_is_no_model(mistake: Mistake, tmp_path: Path) -> None:
         (ds_config(bf16={"enabled": True}, fp16={"enabled": True}), "enables both bf16 and fp16"),
         (ds_config(bf16={"enabled": True}), "bf16 with zero_optimization.stage 0"),
         (ds_config("zero1_fp16.json"), "enables fp16, which needs a CUDA device"),
+        (ds_config(zero_optimization=1), "says zero_optimization 1, expected an object"),
+        (ds_config(zero_optimization=True), "says zero_optimization true, expected an object"),
+        (ds_config(zero_optimization={"stage": "two"}), 'stage "two", expected 0, 1, 2 or 3'),
+        (ds_config(zero_optimization={"stage": None}), "stage null, expected 0, 1, 2 or 3"),
+        (ds_config(bf16=True), "says bf16 true, expected an object"),
+        (ds_config(bf16={"enabled": 1}), "says bf16.enabled 1, expected a valid boolean"),
+        (ds_config(train_micro_batch_size_per_gpu=0), "size_per_gpu 0, expected greater than 0"),
+        (ds_config(train_micro_batch_size_per_gpu="4"), 'size_per_gpu "4", expected a number'),
+        (ds_config(gradient_clipping=False), "says gradient_clipping false, expected a number"),
+        (
+            ds_config(zero_optimization={"stage": 1, "reduce_bucket": 5}),
+            "unknown key zero_optimization.reduce_bucket; did you mean reduce_bucket_size?",
+        ),
+        (
+            ds_config(zero_optimization={"stage": 1, "reduce_bucket_size": 0.5}),
+            "zero_optimization.reduce_bucket_size 0.5, expected a valid integer",
+        ),
+        (
+            ds_config(data_types={"grad_accum_dtype": "fp99"}),
+            "data_types.grad_accum_dtype \"fp99\", expected 'fp32', 'bf16' or 'fp16'",
+        ),
+        (ds_config(data_types={"grad_accum_dtype": "bf16"}), "grad_accum_dtype bf16, which goes with bf16"),
+        (
+            ds_config(zero_optimization={"stage": 1, "offload_optimizer": {"device": "cpu"}}),
+            "has the key zero_optimization.offload_optimizer; there is no offloading",
+        ),
         (ds_config("zero3_fp32.json"), "stage 3, which is for recipes without a topk router"),
         (
             ds_config("zero1_fp32.json", zero_optimization={"stage": 1, "overlap_comm": True}),
@@ -126,6 +152,23 @@ def test_tokenizer_is_no_model(mistake: Mistake, tmp_path: Path) -> None:
 )
 def test_deepspeed_config(ds: Any, sentence: str, mistake: Mistake) -> None:
     assert sentence in mistake.before_anything(ds=ds)
+
+
+def test_failure_before_the_first_step_leaves_nothing_in_the_way(mistake: Mistake) -> None:
+    shape = ("stages.0.steps=2", "stages.0.warmup_steps=0")
+    mistake.before_anything(*shape, "stages.0.trainable=['teacher.*']")
+    # A script that is relaunched always says --resume.
+    assert pretrain.main(arguments(mistake.recipe, mistake.run_dir, "--resume", *shape)) == 0
+    said = mistake.capfd.readouterr().out
+    assert f"starting {mistake.run_dir} at step 0, there is no checkpoint to resume" in said
+    # What has made a step stays.
+    assert "exists; go on with --resume" in mistake(*shape, "stages.0.trainable=['teacher.*']")
+    assert (mistake.run_dir / "export").is_dir()
+
+
+def test_options_and_overrides_in_any_order(mistake: Mistake) -> None:
+    argv = ("stages.0.steps=2", "--deepspeed_config", "ds_configs/fp32.json", "model.widht=3")
+    assert "unknown key model.widht" in mistake.before_anything(*argv)
 
 
 def test_deepspeed_config_is_missing(mistake: Mistake) -> None:
@@ -145,12 +188,9 @@ def test_run_directory_below_a_file(mistake: Mistake, tmp_path: Path) -> None:
     assert "Not a directory" in mistake()
 
 
-def test_resume_without_a_run(mistake: Mistake) -> None:
-    assert "to resume; start it without --resume" in mistake.before_anything("--resume")
-
-
 def test_pattern_of_no_parameter(mistake: Mistake) -> None:
-    assert "the pattern 'teacher.*', which matches no" in mistake("stages.0.trainable=['teacher.*']")
+    sentence = mistake.before_anything("stages.0.trainable=['teacher.*']")
+    assert "the pattern 'teacher.*', which matches no" in sentence
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +213,9 @@ def test_run_directory_exists(mistake: Mistake, finished: Path) -> None:
             None,
             "another recipe: optimizer.eps is 1e-06, was 1e-08; seed is 9",
         ),
-        ([], ds_config("zero1_fp32.json"), "has ZeRO stage 0, the DeepSpeed config says 1"),
+        ([], ds_config("zero1_fp32.json"), "has ZeRO stage 0, this run has 1"),
+        (["training.micro_batch_size=4"], None, "has micro-batch size None, this run has 4"),
+        ([], ds_config(train_micro_batch_size_per_gpu=4), "has micro-batch size None, this run has 4"),
     ],
 )
 def test_checkpoint_of_something_else(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -155,6 +156,21 @@ def test_training_keys_may_change(tiny: Path, unbroken: Path, tmp_path: Path) ->
     stop = ("training.checkpoint_every=5",)
     assert run_in_child(kill_before_the_second, arguments(tiny, run_dir, *stop)) == -signal.SIGKILL
     assert pretrain.main(arguments(tiny, run_dir, "--resume", "training.num_workers=2")) == 0
+    assert metrics(run_dir) == metrics(unbroken)
+
+
+def test_moved_data_resumes(
+    tiny: Path, unbroken: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, moved = tmp_path / "run", shutil.copytree(tiny.parent, tmp_path / "moved")
+    argv = arguments(tiny, run_dir, "training.images_every=6")
+    assert run_in_child(partial(signal_at_step_6, signal.SIGKILL), argv) == -signal.SIGKILL
+    paths = (
+        f"data.tokenizer={moved}/tokenizer.model",
+        f"data.sources.pairs.mix.0.shards={moved}/train/*.tar",
+    )
+    assert pretrain.main(arguments(tiny, run_dir, "--resume", *paths)) == 0
+    assert "at step 4" in capfd.readouterr().out
     assert metrics(run_dir) == metrics(unbroken)
 
 

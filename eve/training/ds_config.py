@@ -7,7 +7,6 @@ Nothing here imports deepspeed (seconds), so that a mistake in the file is found
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,36 +15,11 @@ from typing import Any
 
 from eve.config import Recipe, Stage
 from eve.errors import UserError
+from eve.training.ds_schema import check_keys
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
-# Top-level keys of DeepSpeed that set up the engine. What trains (optimizer, scheduler) is the recipe's.
-ENGINE_KEYS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "zero_optimization",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "bf16",
-    "fp16",
-    "data_types",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
-    "comms_logger",
-    "flops_profiler",
-    "checkpoint",
-    "aio",
-    "log_level",
-)
-RECIPE_KEYS = {"optimizer": "optimizer", "scheduler": "stages"}
-PRECISIONS = {"bf16": "bf16", "fp16": "fp16"}
+PRECISIONS = ("bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -78,7 +52,7 @@ def check_deepspeed_version() -> None:
 
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
-    """The JSON as it is written. Raises UserError where unreadable or with a key not the engine's."""
+    """The JSON as it is written. Raises UserError where unreadable or where a key or a value is wrong."""
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -93,14 +67,7 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON: line {error.lineno}, {error.msg.lower()}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}, expected an object of DeepSpeed's keys")
-    for key in tree:
-        if key in RECIPE_KEYS:
-            raise UserError(f"{path} has the key {key}; that belongs to the recipe ({RECIPE_KEYS[key]})")
-        if key not in ENGINE_KEYS:
-            near = difflib.get_close_matches(key, ENGINE_KEYS, n=1)
-            raise UserError(
-                f"{path} has the unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
-            )
+    check_keys(tree, str(path))
     return tree
 
 
@@ -113,8 +80,8 @@ def precision(tree: dict[str, Any]) -> str:
     return next((name for name in PRECISIONS if tree.get(name, {}).get("enabled", False)), "fp32")
 
 
-def plan_step(tree: dict[str, Any], recipe: Recipe, stage: Stage, world_size: int, where: str) -> StepPlan:
-    """Cuts the batch of each source of the stage. Raises UserError where it does not divide."""
+def micro_batch_size(tree: dict[str, Any], recipe: Recipe, where: str) -> int | None:
+    """Samples of a forward pass, as the config or the recipe says; None is the whole share of a rank."""
     written = tree.get("train_micro_batch_size_per_gpu", "auto")
     wanted = recipe.training.micro_batch_size
     if written != "auto" and wanted is not None and written != wanted:
@@ -122,7 +89,12 @@ def plan_step(tree: dict[str, Any], recipe: Recipe, stage: Stage, world_size: in
             f"{where} says train_micro_batch_size_per_gpu {written}, the recipe "
             f'training.micro_batch_size {wanted}; make one of them "auto" or null'
         )
-    micro_batch = wanted if written == "auto" else written
+    return wanted if written == "auto" else written
+
+
+def plan_step(tree: dict[str, Any], recipe: Recipe, stage: Stage, world_size: int, where: str) -> StepPlan:
+    """Cuts the batch of each source of the stage. Raises UserError where it does not divide."""
+    micro_batch = micro_batch_size(tree, recipe, where)
     if recipe.data.num_readers % world_size:
         raise UserError(
             f"data.num_readers {recipe.data.num_readers} is not a multiple of the {world_size} processes"
@@ -151,8 +123,6 @@ def resolve_ds_config(
     Raises UserError, in one sentence, for what cannot be or contradicts the recipe.
     """
     stage_number = zero_stage(tree)
-    if stage_number not in (0, 1, 2, 3):
-        raise UserError(f"{where} says zero_optimization.stage {stage_number}, expected 0, 1, 2 or 3")
     enabled = [name for name in PRECISIONS if tree.get(name, {}).get("enabled", False)]
     if len(enabled) > 1:
         raise UserError(f"{where} enables both bf16 and fp16, expected at most one")
@@ -167,11 +137,21 @@ def resolve_ds_config(
         # of the step uses would be left out.
         raise UserError(f"{where} says overlap_comm true with ZeRO stage 1, which loses gradients of streams")
 
-    learned = any(feed_forward.router == "topk" for feed_forward in recipe.model.feed_forward)
-    if stage_number == 3 and learned:
+    kind = precision(tree)
+    accumulated = tree.get("data_types", {}).get("grad_accum_dtype", kind)
+    if accumulated not in ("fp32", kind):
         raise UserError(
-            f"{where} says zero_optimization.stage 3, which is for recipes without a topk router; use 1 or 2"
+            f"{where} says data_types.grad_accum_dtype {accumulated}, which goes with {accumulated} enabled; "
+            f"use {' or '.join(sorted({'fp32', kind}))}"
         )
+    if any(feed_forward.router == "topk" for feed_forward in recipe.model.feed_forward):
+        if stage_number == 3:
+            raise UserError(
+                f"{where} says zero_optimization.stage 3, which is for recipes without a topk router; "
+                "use 1 or 2"
+            )
+        if kind == "fp16":
+            raise UserError(f"{where} enables fp16, which is for recipes without a topk router; use bf16")
 
     plan = plan_step(tree, recipe, stage, world_size, where)
     passes = plan.passes(stage)

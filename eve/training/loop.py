@@ -29,7 +29,7 @@ from eve.errors import UserError
 from eve.objectives import ObjectiveOutput
 from eve.parallel.topology import Topology
 from eve.training.checkpoint import CheckpointStore
-from eve.training.ds_config import StepPlan, precision, resolve_ds_config, zero_stage
+from eve.training.ds_config import StepPlan, micro_batch_size, precision, resolve_ds_config, zero_stage
 from eve.training.engine import Engine
 from eve.training.export import export_model
 from eve.training.feed import StepData, StepFeed
@@ -57,6 +57,7 @@ class TrainState:
     world_size: int = 1
     zero_stage: int = 0
     precision: str = "fp32"
+    micro_batch_size: int | None = None
 
 
 class StopRequest:
@@ -290,6 +291,7 @@ class Run:
         state.window = self.window.state(self.topology)
         state.world_size = self.topology.world_size
         state.zero_stage, state.precision = zero_stage(self.ds_tree), precision(self.ds_tree)
+        state.micro_batch_size = micro_batch_size(self.ds_tree, self.recipe, self.ds_where)
         metrics = self.run_dir / "metrics.jsonl"
 
         def write_shared(directory: Path) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from eve.errors import UserError
 from eve.training.ds_config import (
     DS_CONFIGS,
-    ENGINE_KEYS,
     precision,
     read_ds_config,
     resolve_ds_config,
@@ -62,6 +62,13 @@ def test_accumulation_counts_micro_batches_times_streams(
     assert plan.share["pairs"] == 16 // world_size
 
 
+def test_fp16_is_for_recipes_without_a_learned_router(tiny: Path) -> None:
+    tree = read_ds_config(DS_CONFIGS / "zero1_fp16.json")
+    recipe = tiny_recipe(tiny)
+    with pytest.raises(UserError, match="enables fp16, which is for recipes without a topk router"):
+        resolve_ds_config(tree, recipe, recipe.stages[0], 1, cuda=True, where="fp16.json")
+
+
 def test_numbers_that_agree_are_accepted(tiny: Path) -> None:
     recipe = tiny_recipe(tiny)
     tree = {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 4, "gradient_clipping": 3.0}
@@ -73,4 +80,3 @@ def test_numbers_that_agree_are_accepted(tiny: Path) -> None:
 def test_the_installed_deepspeed_is_the_pinned_one() -> None:
     pins = (Path(__file__).parents[2] / "requirements.txt").read_text()
     assert f"deepspeed=={metadata.version('deepspeed')}" in pins
-    assert "optimizer" not in ENGINE_KEYS
