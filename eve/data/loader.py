@@ -27,9 +27,10 @@ from typing import Any
 
 from eve.config import Data, Source
 from eve.data.batch import Masking, Sample
+from eve.data.manifest import Kind
 from eve.data.mixture import MixedReader, Mixture
 from eve.data.readers import Read
-from eve.data.samples import Kind, SampleMaker
+from eve.data.samples import SampleMaker
 from eve.data.shards import BadSample, LocalShards, ShardSet, resolve, stream_shard
 from eve.data.tokenizer import Tokenizer
 from eve.data.transforms import Transform
@@ -206,11 +207,6 @@ class SourceStream:
         self._per_reader = source.batch_size // data.num_readers
         self._max_bad_share = data.max_bad_share
         self._states: dict[str, Any] = {}
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of all ranks, of all sets of the mix."""
-        return self._mixture.num_samples
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Iterators made from now on go on from this state. Raises UserError where it is of other data."""

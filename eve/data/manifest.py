@@ -68,37 +68,17 @@ class TarSample:
     def has_text(self) -> bool:
         return "json" in self.members or "txt" in self.members
 
-    def is_half(self, kind: Kind) -> bool:
-        """Lacks what a sample of that kind must have."""
-        return (kind != "text" and self.image is None) or (kind != "image" and not self.has_text)
-
 
 @dataclass(frozen=True)
 class TarIndex:
     """The samples of a tar in file order.
 
     `truncated`: the file ends inside a member or without the end-of-archive block; `samples` then
-    holds what is whole before that point. `duplicate_keys`: keys that have a member twice; each
-    further one is a sample of its own.
+    holds what is whole before that point.
     """
 
     samples: list[TarSample]
     truncated: bool
-    duplicate_keys: tuple[str, ...]
-
-    @property
-    def kind(self) -> Kind:
-        """What most samples are; an image with a json that may hold captions counts as a pair."""
-        images = sum(sample.image is not None for sample in self.samples)
-        texts = sum(sample.has_text for sample in self.samples)
-        if 2 * images <= len(self.samples):
-            return "text"
-        return "pair" if 2 * texts > len(self.samples) else "image"
-
-    def half_samples(self, kind: Kind | None = None) -> list[str]:
-        """Keys of the samples that lack their image or their text (by default for the majority's kind)."""
-        kind = kind or self.kind
-        return [sample.key for sample in self.samples if sample.is_half(kind)]
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -110,12 +90,12 @@ def split_name(name: str) -> tuple[str, str] | None:
 def scan_tar(path: str | Path) -> TarIndex:
     """Indexes a local, uncompressed tar by its headers.
 
-    Members of one key are brought together wherever they stand, so interleaved keys make whole samples.
+    Members of one key are brought together wherever they stand, so interleaved keys make whole samples; where
+    a key has a member twice, the second begins a sample of its own.
     Raises UserError where the file is missing or no tar at all.
     """
     samples: list[TarSample] = []
     open_samples: dict[str, TarSample] = {}
-    duplicates: dict[str, None] = {}
     try:
         with open(path, "rb") as file:
             truncated = False
@@ -129,8 +109,6 @@ def scan_tar(path: str | Path) -> TarIndex:
                 key, extension = name
                 sample = open_samples.get(key)
                 if sample is None or extension in sample.members:
-                    if sample is not None:
-                        duplicates[key] = None
                     sample = open_samples[key] = TarSample(key, {})
                     samples.append(sample)
                 sample.members[extension] = (member.offset_data, member.size)
@@ -138,7 +116,7 @@ def scan_tar(path: str | Path) -> TarIndex:
         raise UserError(f"there is no shard {path}") from None
     except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"the shard {path} cannot be read: {error.strerror}") from None
-    return TarIndex(samples, truncated, tuple(duplicates))
+    return TarIndex(samples, truncated)
 
 
 def tar_members(file: BinaryIO, path: str | Path) -> Iterator[tarfile.TarInfo | None]:

@@ -6,10 +6,9 @@ Everything random is drawn from generators keyed by (seed, epoch, index, purpose
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from eve.data.batch import Masking, Sample
-from eve.data.manifest import IMAGE_EXTENSIONS, parse_text
+from eve.data.manifest import IMAGE_EXTENSIONS, Kind, parse_text
 from eve.data.readers import Read
 from eve.data.seeds import generator, key_of
 from eve.data.shards import BadSample, RawSample
@@ -17,8 +16,6 @@ from eve.data.tokenizer import Tokenizer
 from eve.data.transforms import Transform, UnusableImage
 
 NOTHING_READ = "no member of an extension that is read (a key ends at its first dot)"
-
-Kind = Literal["pair", "image", "text"]
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,6 @@ def test_offsets_lead_to_the_bytes_that_went_in(tmp_path: Path) -> None:
         assert found == {split_name(name): data for name, data in members}
         assert [sample.key for sample in index.samples] == ["a", "dir.with.dots/b", long_key, "c"]
         assert not index.truncated
-        assert index.duplicate_keys == ()
 
 
 def test_what_is_no_sample_is_skipped(tmp_path: Path) -> None:
@@ -85,20 +84,11 @@ def test_interleaved_keys_make_whole_samples_and_repeated_ones_samples_of_their_
         ("a", ["jpg", "json"]),
         ("c", ["jpg"]),
     ]
-    assert index.duplicate_keys == ("a",)
-    assert index.kind == "pair"
-    assert index.half_samples() == ["c"]
-    assert index.half_samples("image") == []
-    assert index.half_samples("text") == ["c"]
 
 
-def test_kind_of_image_and_text_shards(tmp_path: Path) -> None:
-    images = scan_tar(make_tar(tmp_path / "i.tar", [("a.jpg", b""), ("b.png", b""), ("b.txt", b"t")]))
-    texts = scan_tar(make_tar(tmp_path / "t.tar", [("a.txt", b"x"), ("b.json", b"{}")]))
-    empty = scan_tar(make_tar(tmp_path / "e.tar", []))
-    assert (images.kind, images.half_samples()) == ("image", [])
-    assert (texts.kind, texts.half_samples()) == ("text", [])
-    assert (empty.samples, empty.truncated) == ([], False)
+def test_an_archive_of_nothing(tmp_path: Path) -> None:
+    index = scan_tar(make_tar(tmp_path / "e.tar", []))
+    assert (index.samples, index.truncated) == ([], False)
 
 
 def test_a_cut_anywhere_is_seen_and_costs_only_what_lies_behind_it(tmp_path: Path) -> None:
