@@ -7,8 +7,9 @@
 
 Writes runs/NAME/ (or --run_dir): recipe, metrics.jsonl, TensorBoard events, samples, checkpoints and, at the
 end, export/. `--resume` goes on from the last complete checkpoint, or starts where there is none, so
-a script that is relaunched may always say it. SIGTERM and SIGINT save a checkpoint and end with 128 + the signal's number (143, 130). A mistake that the user can mend ends with one sentence
-and exit code 2, where possible before the model is built.
+a script that is relaunched may always say it. SIGTERM and SIGINT save one and end with 128 + the
+signal's number (143, 130). A mistake that the user can mend ends with one sentence and exit code 2,
+where possible before the model is built.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the last complete checkpoint, or start where there is none: a script may always say it",
+        help="go on from the last complete checkpoint; without one, start (for scripts that relaunch)",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of the recipe")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from eve.parallel.topology import Topology
 from eve.training.ds_config import plan_step
 from eve.training.feed import StepFeed
 from tests.rank_pool import RankPool
-from tests.test_resume import arguments
+from tests.test_resume import arguments, kill_before_the_rename, metrics
 from tests.tiny import tiny_recipe
 
 STEPS = 50
@@ -77,6 +78,26 @@ def test_two_processes_go_on_where_one_was_stopped(
         np.testing.assert_allclose(
             values, losses(one_process)[name], rtol=1e-4 if name == "grad_norm" else 1e-5
         )
+
+
+def killed_on_rank_0(argv: list[str]) -> int:
+    sys.addaudithook(kill_before_the_rename)
+    return pretrain.main(argv)
+
+
+def test_two_processes_with_zero_1_are_killed_and_resumed(
+    tiny: Path, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    config = ("--deepspeed_config", "ds_configs/zero1_fp32.json")
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert two_ranks.run(pretrain_on_every_rank, arguments(tiny, unbroken, *config)) == [0, 0]
+    argv = arguments(tiny, broken, *config)
+    with pytest.raises(RuntimeError, match="rank 0 ended"):
+        two_ranks.run(killed_on_rank_0, argv)
+    assert two_ranks.run(pretrain_on_every_rank, [*argv, "--resume"]) == [0, 0]
+    assert metrics(broken) == metrics(unbroken)
+    weights = Path("export", "model.safetensors")
+    assert (broken / weights).read_bytes() == (unbroken / weights).read_bytes()
 
 
 def step_contents(recipe_path: Path, num_workers: int, num_steps: int) -> list[list[dict[str, Any]]]:

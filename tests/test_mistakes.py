@@ -23,6 +23,8 @@ from tests.rank_pool import RankPool, fork_server
 from tests.test_resume import arguments
 from tests.tiny import make_record
 
+ROOT = Path(__file__).parents[1]
+
 
 class Mistake:
     """Runs `eve.pretrain` and gives the one sentence it ended with."""
@@ -339,6 +341,24 @@ def test_disk_full_between_checkpoints(moment: tuple[str, str], tiny: Path, tmp_
     assert pretrain.main([*argv, "--resume"]) == 0
 
 
+def test_a_defect_ends_its_process_at_once() -> None:
+    """Whatever still runs in it: the other ranks wait until the launcher sees it gone."""
+    program = (
+        "import threading, time\n"
+        "from eve import pretrain\n"
+        "def defect():\n"
+        "    threading.Thread(target=time.sleep, args=(1000,)).start()\n"
+        "    raise RuntimeError('on purpose')\n"
+        "pretrain.main = defect\n"
+        "pretrain.program()\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert process.returncode == 1
+    assert process.stderr.endswith("RuntimeError: on purpose\n")
+
+
 @pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]])
 def test_from_the_command_line(launcher: list[str], tiny: Path, tmp_path: Path) -> None:
     argv = arguments(tiny, tmp_path / "run", "model.widht=3")
@@ -346,7 +366,7 @@ def test_from_the_command_line(launcher: list[str], tiny: Path, tmp_path: Path) 
         [sys.executable, *launcher, "-m", "eve.pretrain", *argv],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         timeout=120,
     )
     # torchrun itself ends with 1 where a process failed.

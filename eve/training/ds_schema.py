@@ -157,7 +157,7 @@ def _mistake(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         section: Any = EngineKeys
         for part in parents:
-            section = get_type_hints(section)[part]
+            section = get_type_hints(section)[str(part)]
         near = difflib.get_close_matches(str(last), list(get_type_hints(section)), n=1)
         return f"has the unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
     expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
