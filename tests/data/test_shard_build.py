@@ -70,7 +70,7 @@ def test_a_later_run_keeps_what_is_sound_and_remakes_what_is_not(forty: Path, ca
 def test_killed_builds_go_on_to_the_same_bytes(tmp_path: Path) -> None:
     contents = [picture(number, (1600, 1200)) for number in range(3)]
     with tarfile.open(tmp_path / "i.tar", "w") as archive:
-        for number in range(60):
+        for number in range(300):
             content = contents[number % 3]
             member = tarfile.TarInfo(f"{number:03d}.jpg")
             member.size = len(content)
