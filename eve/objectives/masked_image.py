@@ -16,6 +16,7 @@ from eve.data.batch import Batch, Masking
 from eve.data.tokenizer import Tokenizer
 from eve.model import VisionLanguageModel
 from eve.model.embeddings import patchify, pick, to_float
+from eve.model.encoder import EncoderOutput
 from eve.objectives.masking import ImageMasking
 from eve.objectives.output import ObjectiveOutput, with_routing
 
@@ -72,38 +73,35 @@ class MaskedImage:
         masked_BM = batch.masks[self.name]["masked_M"]
         return torch.full((), masked_BM.numel(), dtype=torch.float32, device=masked_BM.device)
 
-    def __call__(
-        self, model: VisionLanguageModel, batch: Batch, units: Tensor, aux_weight: float
-    ) -> ObjectiveOutput:
+    def _decode(self, model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, EncoderOutput]:
         mask = batch.masks[self.name]
         encoded = model.encode(
             images_BCHW=batch.images_BCHW,
             visible_BV=mask["visible_V"],
             tokens_N=batch.tokens_N,
-            text_lengths=batch.text_lengths if batch.tokens_N is not None else None,
+            text_lengths=batch.text_lengths,
             seed_B=batch.seed_B,
         )
         assert model.decoder is not None
-        pred_BMC = model.decoder(encoded.images_BID, mask["visible_V"], mask["masked_M"])
-        total, metrics = image_loss(pred_BMC, batch, mask["masked_M"], model.config.patch_size, self.stream)
+        return model.decoder(encoded.images_BID, mask["visible_V"], mask["masked_M"]), encoded
+
+    def __call__(
+        self, model: VisionLanguageModel, batch: Batch, units: Tensor, aux_weight: float
+    ) -> ObjectiveOutput:
+        pred_BMC, encoded = self._decode(model, batch)
+        masked_BM = batch.masks[self.name]["masked_M"]
+        total, metrics = image_loss(pred_BMC, batch, masked_BM, model.config.patch_size, self.stream)
         return with_routing(total / units, metrics, encoded, aux_weight)
 
     @torch.no_grad()
     def predict(self, model: VisionLanguageModel, batch: Batch) -> ImagePrediction:
-        mask = batch.masks[self.name]
-        encoded = model.encode(
-            images_BCHW=batch.images_BCHW,
-            visible_BV=mask["visible_V"],
-            tokens_N=batch.tokens_N,
-            text_lengths=batch.text_lengths if batch.tokens_N is not None else None,
-        )
-        assert model.decoder is not None
-        pred_BMC = model.decoder(encoded.images_BID, mask["visible_V"], mask["masked_M"]).float()
-        raw_BMC = raw_patches(batch, mask["masked_M"], model.config.patch_size)
+        """Of a model in evaluation mode."""
+        pred_BMC, _ = self._decode(model, batch)
+        masked_BM = batch.masks[self.name]["masked_M"]
+        raw_BMC = raw_patches(batch, masked_BM, model.config.patch_size)
         normalised = self.stream.normalise_pixels
-        return ImagePrediction(
-            pred_BMC, image_target(raw_BMC, normalised), raw_BMC, mask["masked_M"], normalised
-        )
+        target_BMC = image_target(raw_BMC, normalised)
+        return ImagePrediction(pred_BMC.float(), target_BMC, raw_BMC, masked_BM, normalised)
 
 
 def image_loss(

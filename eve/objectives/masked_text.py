@@ -69,24 +69,25 @@ class MaskedText:
         target_K = batch.masks[self.name]["target_N"]
         return torch.full((), target_K.numel(), dtype=torch.float32, device=target_K.device)
 
-    def _encode(self, model: VisionLanguageModel, batch: Batch, seed_B: Tensor | None) -> EncoderOutput:
+    def _encode(self, model: VisionLanguageModel, batch: Batch) -> EncoderOutput:
         return model.encode(
             images_BCHW=batch.images_BCHW,
             tokens_N=batch.masks[self.name]["input_N"],
             text_lengths=batch.text_lengths,
-            seed_B=seed_B,
+            seed_B=batch.seed_B,
         )
 
     def __call__(
         self, model: VisionLanguageModel, batch: Batch, units: Tensor, aux_weight: float
     ) -> ObjectiveOutput:
-        encoded = self._encode(model, batch, batch.seed_B)
+        encoded = self._encode(model, batch)
         total, metrics = text_loss(model, encoded, batch, self.name)
         return with_routing(total / units, metrics, encoded, aux_weight)
 
     @torch.no_grad()
     def predict(self, model: VisionLanguageModel, batch: Batch) -> TextPrediction:
-        encoded = self._encode(model, batch, None)
+        """Of a model in evaluation mode."""
+        encoded = self._encode(model, batch)
         row_K, sample_K = masked_rows(batch, self.name)
         logits_KV = model.word_head(encoded.texts_ND[row_K]).float()
         return TextPrediction(logits_KV, batch.masks[self.name]["target_N"], sample_K)
