@@ -76,6 +76,7 @@ def evaluate(
     objectives = {stream.name: build_objective(stream, recipe.model) for stream in evaluation_streams(recipe)}
     maskings = {name: objective.masking(tokenizer) for name, objective in objectives.items()}
     pixels, words, features = {}, {}, {}
+    unlabelled: list[str] = []
     pictures_dir.mkdir(parents=True, exist_ok=True)
     for cell, shards in cells.items():
         samples = list(
@@ -103,14 +104,18 @@ def evaluate(
                 )
                 words[cell] = grounding(right, wrong, len(samples), seed)
         if settings.label is not None:
-            features[cell] = labelled_features(model, samples, settings.label, settings.batch_size)
+            labelled = [sample for sample in samples if settings.label in sample.metadata]
+            if labelled:
+                features[cell] = labelled_features(model, labelled, settings.label, settings.batch_size)
+            else:
+                unlabelled.append(cell)
         shown = collate(samples[:PICTURES]).to(next(model.parameters()).device)
         picture = draw_batch(model, objectives, shown, tokenizer, name=cell, limit=PICTURES)
         Image.fromarray(picture.image_HWC).save(pictures_dir / f"{file_name(cell)}.png")
     tables = pixel_tables(pixels, seed) if pixels else []
     tables += word_tables(words) if words else []
-    if features:
-        tables.append(_probes(model, recipe, tokenizer, features))
+    if features or unlabelled:
+        tables.append(_probes(model, recipe, tokenizer, features, unlabelled))
     return tables
 
 
@@ -122,20 +127,16 @@ def file_name(cell: str) -> str:
 def labelled_features(
     model: VisionLanguageModel, samples: Sequence[Sample], label: str, batch_size: int
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """(image features (B, D), text features (B, D), labels) of the samples that have the label, on the CPU.
+    """(image features (B, D), text features (B, D), labels) of samples that all have the label, on the CPU.
 
     A feature is the mean over the tokens after the final norm: the patches of the image alone (without the
     class token), the tokens of the text alone.
     """
-    labelled = [sample for sample in samples if label in sample.metadata]
-    if not labelled:
-        raise UserError(f"no sample has the metadata field '{label}' that evaluation.label names")
     parts = [
-        _features(model, labelled[start : start + batch_size])
-        for start in range(0, len(labelled), batch_size)
+        _features(model, samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)
     ]
     image_BD, text_BD = (torch.cat(column) for column in zip(*parts, strict=True))
-    return image_BD, text_BD, [str(sample.metadata[label]) for sample in labelled]
+    return image_BD, text_BD, [str(sample.metadata[label]) for sample in samples]
 
 
 @torch.no_grad()
@@ -153,17 +154,28 @@ def _probes(
     recipe: Recipe,
     tokenizer: Tokenizer,
     test: dict[str, tuple[Tensor, Tensor, list[str]]],
+    unlabelled: Sequence[str],
 ) -> Table:
-    """Probes fitted on samples of the training shards, tested on every cell."""
+    """Probes fitted on samples of the training shards, tested on every cell that has the label.
+
+    Where a cell or the training shards lack it, or these are not at hand, a note says so instead.
+    """
     label = recipe.evaluation.label
     assert label is not None
     columns = ["cell", "samples", "majority"]
     columns += [f"{kind}, {probe}" for kind in ("image", "text") for probe in ("linear", "kNN")]
     title = f"Probes of frozen features: accuracy for '{label}'"
+    notes = [_no_probe(cell, label) for cell in unlabelled]
+    if not test:
+        return Table(title, columns, [], notes)
     try:
         samples = _training_samples(recipe, tokenizer)
     except UserError as error:
         return Table(title, columns, [], [f"Not run, the training shards are not at hand: {error}"])
+    samples = [sample for sample in samples if label in sample.metadata]
+    if not samples:
+        keys = ", ".join(f"data.sources.{name}" for name in _training_sources(recipe))
+        return Table(title, columns, [], [_no_probe(f"the training shards ({keys})", label)])
     *train_features, train_labels = labelled_features(model, samples, label, recipe.evaluation.batch_size)
     names = sorted({*train_labels, *(name for _, _, labels in test.values() for name in labels)})
     code = {name: index for index, name in enumerate(names)}
@@ -177,23 +189,29 @@ def _probes(
             row.append(linear.accuracy(test_BD, test_B))
             row.append(nearest_neighbour_probe(train_BD, train_B, test_BD, test_B))
         rows.append(row)
-    notes = [
+    notes.append(
         f"Fitted on {len(train_B)} training samples of {len(names)} classes. Image and text alone; mean over "
         "tokens. Linear: logistic regression, L2 chosen on a fifth of the training features. kNN: 20 nearest "
         "by cosine. Majority: the most frequent training class."
-    ]
+    )
     return Table(title, columns, rows, notes)
+
+
+def _no_probe(where: str, label: str) -> str:
+    return (
+        f"No probe: no sample of {where} has the metadata field '{label}'; evaluation.label=... names another"
+    )
+
+
+def _training_sources(recipe: Recipe) -> list[str]:
+    """Sources of pairs that the last stage trains on."""
+    names = {stream.source for stream in recipe.stages[-1].streams}
+    return [name for name, source in recipe.data.sources.items() if name in names and source.kind == "pair"]
 
 
 def _training_samples(recipe: Recipe, tokenizer: Tokenizer) -> list[Sample]:
     """The first samples of every set of pairs that the last stage trains on, by their weight."""
-    names = {stream.source for stream in recipe.stages[-1].streams}
-    sets = [
-        shards
-        for name, source in recipe.data.sources.items()
-        if name in names and source.kind == "pair"
-        for shards in source.mix
-    ]
+    sets = [shards for name in _training_sources(recipe) for shards in recipe.data.sources[name].mix]
     total = sum(shards.weight for shards in sets)
     samples: list[Sample] = []
     for shards in sets:

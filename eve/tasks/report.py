@@ -37,7 +37,9 @@ def shown(value: Value) -> str:
 
 
 def to_text(table: Table) -> str:
-    """Aligned columns for the terminal: names to the left, numbers to the right."""
+    """Aligned columns for the terminal: names to the left, numbers to the right; no rows, no columns."""
+    if not table.rows:
+        return "\n".join([table.title, *table.notes])
     cells = [list(table.columns), *([shown(value) for value in row] for row in table.rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(table.columns))]
 
@@ -59,6 +61,8 @@ def to_markdown(table: Table) -> str:
     rule = ["---", *("---:" for _ in table.columns[1:])]
     rows = [line([shown(value) for value in row]) for row in table.rows]
     notes = [f"\n{note}" for note in table.notes]
+    if not table.rows:
+        return "\n".join([f"### {table.title}", *notes])
     return "\n".join([f"### {table.title}\n", line(table.columns), line(rule), *rows, *notes])
 
 

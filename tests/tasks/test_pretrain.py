@@ -139,6 +139,28 @@ def test_missing_training_shards_cost_only_the_probes(run_dir, capsys):
     assert "Not run, the training shards are not at hand" in capsys.readouterr().out
 
 
+def test_a_label_that_no_sample_has_costs_only_the_probes(run_dir, tmp_path, capsys):
+    cells = f"evaluation.shards={{a: {run_dir.parent}/held_out/*.tar, b: {run_dir.parent}/train/*.tar}}"
+    assert evaluate(run_dir, "--max-samples", "10", "evaluation.label=size", cells) == 0
+    said = capsys.readouterr().out
+    for cell in "ab":
+        sentence = f"No probe: no sample of {cell} has the metadata field 'size'; evaluation.label=... names"
+        assert sentence in said
+    assert "grounding gain" in said
+    # One cell without the field, then the training shards without it.
+    plain = tmp_path / "plain"
+    unlabelled = [Record(r.key, r.image_bytes, "png", r.captions, {}) for r in records(12, seed=2)]
+    write_shards(unlabelled, plain, 32)
+    cells = f"evaluation.shards={{a: {run_dir.parent}/held_out/*.tar, b: {plain}/*.tar}}"
+    table = tmp_path / "t.json"
+    assert evaluate(run_dir, "--max-samples", "10", cells, "--output", str(table)) == 0
+    probes = json.loads(table.read_text())[-1]
+    assert [row["cell"] for row in probes["rows"]] == ["a"]
+    assert "no sample of b has" in probes["notes"][0]
+    assert evaluate(run_dir, "--max-samples", "10", f"data.sources.pairs.mix.0.shards={plain}/*.tar") == 0
+    assert "no sample of the training shards (data.sources.pairs) has" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -146,7 +168,6 @@ def test_missing_training_shards_cost_only_the_probes(run_dir, capsys):
         (["--data", "nowhere/*.tar"], "nowhere"),
         (["model.width=48"], "model of the checkpoint|model is that of the checkpoint"),
         (["evaluation.shards={}"], "--data"),
-        (["evaluation.label=size"], "'size'"),
         (["evaluation.shard={}"], "did you mean"),
         (["--max-samples", "0"], "max_samples"),
     ],
