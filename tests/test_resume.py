@@ -46,7 +46,10 @@ def assert_same_run(run_dir: Path, unbroken: Path) -> None:
 
 
 def run_in_child(hook: Callable[..., None], argv: list[str]) -> int:
-    """`eve.pretrain` in a process of its own that the hook, called for every file operation, may kill."""
+    """`eve.pretrain` in a process of its own that the hook, called for every file operation, may kill.
+
+    It prints into RUN_DIR.out.
+    """
     process = fork_server().Process(target=hooked, args=(hook, argv))
     process.start()
     process.join(120)
@@ -55,6 +58,8 @@ def run_in_child(hook: Callable[..., None], argv: list[str]) -> int:
 
 
 def hooked(hook: Callable[..., None], argv: list[str]) -> None:
+    # The fork server is older than what captures the output of a test.
+    os.dup2(os.open(f"{argv[3]}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     sys.addaudithook(hook)
     sys.exit(pretrain.main(argv))
 
@@ -133,13 +138,22 @@ def signal_at_step_6(number: int, event: str, args: tuple[Any, ...]) -> None:
     ],
 )
 def test_a_signal_between_two_checkpoints(
-    number: int, exit_code: int, saved: str, tiny: Path, unbroken: Path, tmp_path: Path
+    number: int,
+    exit_code: int,
+    saved: str,
+    tiny: Path,
+    unbroken: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     run_dir = tmp_path / "run"
     argv = arguments(tiny, run_dir, "training.images_every=6")
     assert run_in_child(partial(signal_at_step_6, number), argv) == exit_code
     assert max(path.name for path in (run_dir / "checkpoints").glob("step-*")) == saved
+    sentence = f"stopped at step 7, saved {run_dir}/checkpoints/{saved}; go on with --resume"
+    assert (sentence in (tmp_path / "run.out").read_text().splitlines()) == (number != signal.SIGKILL)
     assert pretrain.main(arguments(tiny, run_dir, "--resume")) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == f"finished: {run_dir}/export"
     assert metrics(run_dir) == metrics(unbroken)
 
 

@@ -110,6 +110,7 @@ class Run:
             for index in range(first, len(self.recipe.stages)):
                 weights, finished = self._train_stage(index, weights)
                 if not finished:
+                    self._say_stopped()
                     return 128 + (self.stop.signal or signal.SIGTERM)
             if self.state.skipped_steps == self.state.step:
                 raise UserError(
@@ -118,10 +119,18 @@ class Run:
                 )
             assert weights is not None
             self._export(weights)
+            if self.topology.rank == 0:
+                print(f"finished: {self.run_dir / 'export'}", flush=True)
             return 0
         finally:
             self.stop.restore()
             self.monitor.close()
+
+    def _say_stopped(self) -> None:
+        if self.topology.rank == 0:
+            saved = self.store.latest()
+            where = f"saved {saved}" if saved else "before any checkpoint"
+            print(f"stopped at step {self.state.step}, {where}; go on with --resume", flush=True)
 
     def _train_stage(self, index: int, previous: dict[str, Tensor] | None) -> tuple[dict[str, Tensor], bool]:
         """(weights at its end, whether it came to its end). A checkpoint is saved in either case."""
