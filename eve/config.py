@@ -355,7 +355,7 @@ def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) 
         raise UserError(f"{path} holds {type(tree).__name__}, expected a mapping of sections")
     for override in overrides:
         _apply_override(tree, override)
-    return parse_recipe(tree, where=str(path))
+    return parse_recipe(tree, where=f"recipe {path} with overrides" if overrides else str(path))
 
 
 def parse_recipe(tree: dict[str, Any], where: str) -> Recipe:
@@ -372,7 +372,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UserError(f"the value of the override '{override}' is not YAML") from None
+        raise UserError(
+            f"the value of the override '{override}' is not YAML; quote it for the shell"
+        ) from None
     node: Any = tree
     *parents, last = key.split(".")
     for depth, part in enumerate(parents):

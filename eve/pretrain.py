@@ -37,6 +37,7 @@ from eve.training.checkpoint import CheckpointStore, directory_size
 from eve.training.ds_config import (
     DS_CONFIGS,
     check_deepspeed_version,
+    describe,
     micro_batch_size,
     precision,
     read_ds_config,
@@ -110,6 +111,11 @@ def prepare(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
     """What Run needs; every check that needs no model. Writes nothing."""
     check_deepspeed_version()
     recipe = load_recipe(options.recipe, options.overrides)
+    run_dir = options.run_dir or Path("runs") / recipe.name
+    store = CheckpointStore(run_dir / "checkpoints", topology, recipe.training.keep_checkpoints)
+    checkpoint = check_run_dir(run_dir, store, resume=options.resume)
+    if checkpoint is not None:
+        check_same_recipe(checkpoint, recipe, run_dir)
     cuda = topology.device.type == "cuda"
     default = DS_CONFIGS / ("zero1_bf16.json" if cuda else "fp32.json")
     where = str(options.deepspeed_config or default)
@@ -118,18 +124,14 @@ def prepare(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
         resolve_ds_config(ds_tree, recipe, stage, topology.world_size, cuda=cuda, where=where)
         if stage.init_from is not None:
             check_weights(Path(stage.init_from), recipe.model)
-    tokenizer = Tokenizer.load(recipe.data.tokenizer)
-    if tokenizer.vocab_size != recipe.model.vocab_size:
-        raise UserError(
-            f"the tokenizer {recipe.data.tokenizer} has {tokenizer.vocab_size} pieces, "
-            f"model.vocab_size is {recipe.model.vocab_size}"
-        )
-    for source in sorted({stream.source for stage in recipe.stages for stream in stage.streams}):
-        for shards in recipe.data.sources[source].mix:
-            resolve(shards.shards)
-    run_dir = options.run_dir or Path("runs") / recipe.name
-    store = CheckpointStore(run_dir / "checkpoints", topology, recipe.training.keep_checkpoints)
-    checkpoint = check_run_dir(run_dir, store, resume=options.resume)
+    try:
+        tokenizer = load_data(recipe)
+    except UserError as error:
+        differing = [] if checkpoint is None else differing_keys(checkpoint, recipe)
+        moved = [pair for pair in differing if pair[0].startswith("data.")]
+        if not moved:
+            raise
+        raise UserError(f"{error}; {_shown(moved)}; {_own_recipe(run_dir)}") from None
     state = TrainState()
     if checkpoint is not None:
         state = read_state(checkpoint, recipe, tokenizer, ds_tree, where, topology)
@@ -146,11 +148,54 @@ def prepare(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
     }
 
 
+def load_data(recipe: Recipe) -> Tokenizer:
+    """The tokenizer; raises UserError where it or the shards of a source are missing or do not fit."""
+    tokenizer = Tokenizer.load(recipe.data.tokenizer)
+    if tokenizer.vocab_size != recipe.model.vocab_size:
+        raise UserError(
+            f"the tokenizer {recipe.data.tokenizer} has {tokenizer.vocab_size} pieces, "
+            f"model.vocab_size is {recipe.model.vocab_size}"
+        )
+    for source in sorted({stream.source for stage in recipe.stages for stream in stage.streams}):
+        for shards in recipe.data.sources[source].mix:
+            resolve(shards.shards)
+    return tokenizer
+
+
 def check_run_dir(run_dir: Path, store: CheckpointStore, *, resume: bool) -> Path | None:
     """The checkpoint to start from; None starts at step 0, also to resume a run that has none yet."""
     if not resume and run_dir.exists():
         raise UserError(f"the run directory {run_dir} exists; go on with --resume or give another --run_dir")
     return store.latest() if resume else None
+
+
+def check_same_recipe(checkpoint: Path, recipe: Recipe, run_dir: Path) -> None:
+    """Raises UserError where the recipe is not that of the checkpoint, but for the keys that are free."""
+    differing = [pair for pair in differing_keys(checkpoint, recipe) if not FREE_KEYS.fullmatch(pair[0])]
+    if differing:
+        raise UserError(
+            f"the checkpoint {checkpoint} is of another recipe: {_shown(differing)}; {_own_recipe(run_dir)}"
+        )
+
+
+def differing_keys(checkpoint: Path, recipe: Recipe) -> list[tuple[str, str]]:
+    """(key, `KEY is OURS, was THEIRS`) of all keys that the recipe of the checkpoint has otherwise."""
+    theirs = flatten(yaml.safe_load((checkpoint / "recipe.yaml").read_text()))
+    ours = flatten(recipe.model_dump(mode="json"))
+    return [
+        (key, f"{key} is {ours.get(key)!r}, was {theirs.get(key)!r}")
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    ]
+
+
+def _shown(differing: list[tuple[str, str]]) -> str:
+    more = f"; and {len(differing) - 4} more" if len(differing) > 4 else ""
+    return "; ".join(text for _, text in differing[:4]) + more
+
+
+def _own_recipe(run_dir: Path) -> str:
+    return f"that of the run is --recipe {run_dir / 'recipe.yaml'}"
 
 
 def read_state(
@@ -161,18 +206,8 @@ def read_state(
     where: str,
     topology: Topology,
 ) -> TrainState:
-    """The state of a checkpoint, which must be of this recipe, tokenizer and layout."""
+    """The state of a checkpoint, which must be of this tokenizer and layout."""
     state = TrainState(**json.loads((checkpoint / "state.json").read_text()))
-    theirs = flatten(yaml.safe_load((checkpoint / "recipe.yaml").read_text()))
-    ours = flatten(recipe.model_dump(mode="json"))
-    differing = [
-        f"{key} is {ours.get(key)!r}, was {theirs.get(key)!r}"
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key) and not FREE_KEYS.fullmatch(key)
-    ]
-    if differing:
-        shown = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
-        raise UserError(f"the checkpoint {checkpoint} is of another recipe: {shown}")
     if (checkpoint / "tokenizer.model").read_bytes() != tokenizer.model_bytes:
         raise UserError(
             f"the tokenizer {recipe.data.tokenizer} is not the one of the checkpoint {checkpoint}; "
@@ -216,7 +251,7 @@ def begin_run_dir(prepared: dict[str, Any], topology: Topology, *, resume: bool)
     if metrics.exists():
         os.truncate(metrics, min(state.metrics_bytes, metrics.stat().st_size))
     (run_dir / "recipe.yaml").write_text(recipe.to_yaml())
-    config, _ = resolve_ds_config(
+    config, plan = resolve_ds_config(
         prepared["ds_tree"],
         recipe,
         recipe.stages[0],
@@ -229,8 +264,8 @@ def begin_run_dir(prepared: dict[str, Any], topology: Topology, *, resume: bool)
     print(
         f"recipe {recipe.name}: {count.total:,} parameters, {count.active:,} active per token in the blocks"
     )
-    print(f"device: {topology.describe()}, {precision(config)}")
-    print(f"DeepSpeed config {prepared['ds_where']}: {json.dumps(config)}")
+    print(f"device: {topology.describe()}")
+    print(f"DeepSpeed: {describe(config, plan, recipe.stages[0])}; in full: {run_dir / 'ds_config.json'}")
     if prepared["checkpoint"] is not None:
         print(f"resuming {prepared['checkpoint']} at step {state.step}", flush=True)
     else:

@@ -77,6 +77,7 @@ def test_recipe_is_not_yaml(mistake: Mistake, tmp_path: Path) -> None:
     [
         ("model.widht=64", "unknown key model.widht; did you mean width?"),
         ("model.width=wide", "model.width is 'wide'"),
+        ("data.sources.pairs.mix=[{shards:", "mix=[{shards:' is not YAML; quote it for the shell"),
         ("training.log_every=0", "training.log_every is 0"),
         ("stages.0.steps", "'stages.0.steps' is not an override such as"),
         ("stages.3.steps=7", "'3' is not an index of a list of 1"),
@@ -85,7 +86,10 @@ def test_recipe_is_not_yaml(mistake: Mistake, tmp_path: Path) -> None:
         ("stages.0.streams.0.source=pears", "reads the source 'pears', expected one of ['pairs']"),
         ("data.sources.pairs.batch_size=18", "batch_size 18 is not a multiple of num_readers 4"),
         ("stages.0.warmup_steps=99", "warmup_steps 99 is more than steps 12"),
-        ("training.micro_batch_size=5", "16 samples, which is not a multiple of the micro-batch 5"),
+        (
+            "training.micro_batch_size=5",
+            "16 samples, which is not a multiple of the micro-batch 5; give training.micro_batch_size=4",
+        ),
         ("data.tokenizer=nowhere.model", "there is no tokenizer nowhere.model"),
         ("model.vocab_size=4000", "pieces, model.vocab_size is 4000"),
         ("data.sources.pairs.mix.0.shards=nowhere/*.tar", "nowhere/*.tar"),
@@ -184,6 +188,11 @@ def test_micro_batch_is_said_twice(mistake: Mistake) -> None:
     assert "make one of them" in mistake.before_anything("training.micro_batch_size=4", ds=ds)
 
 
+def test_micro_batch_of_the_deepspeed_config_does_not_divide(mistake: Mistake) -> None:
+    sentence = mistake.before_anything(ds=ds_config(train_micro_batch_size_per_gpu=12))
+    assert f"; give train_micro_batch_size_per_gpu 8 in {mistake.directory}/ds.json" in sentence
+
+
 def test_run_directory_below_a_file(mistake: Mistake, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     mistake.run_dir = tmp_path / "file" / "run"
@@ -225,6 +234,25 @@ def test_checkpoint_of_something_else(
 ) -> None:
     mistake.run_dir = finished
     assert sentence in mistake("--resume", "stages.0.steps=4", "stages.0.warmup_steps=0", *more, ds=ds)
+
+
+def test_resuming_without_the_overrides_of_the_run(
+    mistake: Mistake, finished: Path, tiny: Path, tmp_path: Path
+) -> None:
+    mistake.run_dir = finished
+    # The recipe comes before the data that only the overrides named.
+    sentence = mistake("--resume", "data.tokenizer=nowhere.model")
+    assert "of another recipe: stages.0.steps is 12, was 4; stages.0.warmup_steps is 2, was 0" in sentence
+    assert sentence.endswith(f"; that of the run is --recipe {finished}/recipe.yaml")
+    shape = ("stages.0.steps=4", "stages.0.warmup_steps=0")
+    for override in ("data.tokenizer=nowhere.model", "data.sources.pairs.mix.0.shards=nowhere/*.tar"):
+        sentence = mistake("--resume", *shape, override)
+        key, value = override.split("=")
+        assert "nowhere" in sentence.split("; ")[0]
+        assert f"{key} is '{value}', was '{tiny.parent}/" in sentence
+        assert f"--recipe {finished}/recipe.yaml" in sentence
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    assert pretrain.main(arguments(copy / "recipe.yaml", copy, "--resume")) == 0
 
 
 def test_checkpoint_with_another_tokenizer(
@@ -372,4 +400,4 @@ def test_from_the_command_line(launcher: list[str], tiny: Path, tmp_path: Path) 
     # torchrun itself ends with 1 where a process failed.
     assert process.returncode == (1 if launcher else 2)
     errors = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
-    assert errors == [f"error: {tiny}: unknown key model.widht; did you mean width?"]
+    assert errors == [f"error: recipe {tiny} with overrides: unknown key model.widht; did you mean width?"]

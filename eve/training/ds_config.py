@@ -8,6 +8,7 @@ Nothing here imports deepspeed (seconds), so that a mistake in the file is found
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -99,20 +100,39 @@ def plan_step(tree: dict[str, Any], recipe: Recipe, stage: Stage, world_size: in
         raise UserError(
             f"data.num_readers {recipe.data.num_readers} is not a multiple of the {world_size} processes"
         )
-    shares, micro_batches = {}, {}
+    shares = {}
     for stream in stage.streams:
         batch_size = recipe.data.sources[stream.source].batch_size
         key = f"data.sources.{stream.source}.batch_size {batch_size}"
         if batch_size % world_size:
             raise UserError(f"{key} is not a multiple of the {world_size} processes")
-        share = batch_size // world_size
+        shares[stream.source] = batch_size // world_size
+    for source, share in shares.items():
         if micro_batch is not None and share % micro_batch:
+            common = math.gcd(*shares.values())
+            works = max(size for size in range(1, min(micro_batch, common) + 1) if common % size == 0)
+            written = tree.get("train_micro_batch_size_per_gpu", "auto") != "auto"
+            place = f"train_micro_batch_size_per_gpu {works} in {where}"
             raise UserError(
-                f"{key} gives each of {world_size} processes {share} samples, which is not a multiple of the "
-                f"micro-batch {micro_batch}"
+                f"data.sources.{source}.batch_size {share * world_size} gives each of {world_size} processes "
+                f"{share} samples, which is not a multiple of the micro-batch {micro_batch}; "
+                f"give {place if written else f'training.micro_batch_size={works}'}"
             )
-        shares[stream.source], micro_batches[stream.source] = share, micro_batch or share
-    return StepPlan(shares, micro_batches)
+    return StepPlan(shares, {source: micro_batch or share for source, share in shares.items()})
+
+
+def describe(config: dict[str, Any], plan: StepPlan, stage: Stage) -> str:
+    """What of a resolved configuration and of the first stage's step a user wants to see, in one line."""
+    cuts = [
+        f"{stream.name} {plan.micro_batches(stream.source)} x {plan.micro_batch[stream.source]}"
+        for stream in stage.streams
+    ]
+    clip = config["gradient_clipping"]
+    return (
+        f"ZeRO stage {zero_stage(config)}, {precision(config)}, "
+        f"{f'clipping at {clip}' if clip else 'no clipping'}, passes of a step on each device "
+        f"(micro-batches x samples): {', '.join(cuts)}"
+    )
 
 
 def resolve_ds_config(
