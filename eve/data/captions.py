@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from typing import Any
 
 from eve.data.manifest import parse_json
 from eve.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = (
     *("image", "image_path", "image_name", "image_file", "filepath", "file_path", "file_name", "filename"),
@@ -52,7 +55,8 @@ def read_table(path: Path, columns: Columns) -> list[Annotation]:
     """A CSV, TSV (with a header line) or JSON-lines file; the suffix or the first line tells which.
 
     Rows of one image are one annotation. Further columns become metadata: a value where all rows of the
-    image agree, else the list of the rows' values. Without a caption column the images stand alone.
+    image agree, else the list of the rows' values. Without a caption column the images stand alone, with a
+    warning.
     """
     rows = list(
         _json_rows(path) if path.suffix in (".jsonl", ".ndjson", ".json") else _csv_rows(path, columns)
@@ -71,6 +75,12 @@ def read_table(path: Path, columns: Columns) -> list[Annotation]:
     if caption is None and columns.text_only:
         raise UserError(f"{path} has no text column among {', '.join(names)}; name it with --caption-column")
 
+    if caption is None:
+        logger.warning(
+            "%s has no caption column among %s; the samples are images only; --caption-column names one",
+            path,
+            ", ".join(names),
+        )
     grouped: dict[Any, list[dict[str, Any]]] = {}
     for number, row in enumerate(rows):
         if image is not None and not row.get(image):

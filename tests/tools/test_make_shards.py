@@ -107,6 +107,19 @@ def test_visual_genome_over_two_folders(tmp_path: Path) -> None:
     ]
 
 
+def test_a_table_without_a_caption_column_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_images(tmp_path, ["a.jpg"])
+    (tmp_path / "t.csv").write_text("image,beschreibung\na.jpg,rot\n")
+    assert run("table", tmp_path / "t.csv", tmp_path / "out") == 0
+    sentence = "t.csv has no caption column among image, beschreibung; the samples are images only"
+    assert sentence in caplog.text
+    caplog.clear()
+    found = ("--caption-column", "beschreibung")
+    assert run("table", tmp_path / "t.csv", tmp_path / "out2", *found) == 0
+    assert read(tmp_path / "out2") == [("a", picture(0), ["rot"], {})]
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
 def test_tables_with_further_columns(tmp_path: Path, suffix: str) -> None:
     write_images(tmp_path / "pics", ["a.jpg", "b.jpg"])
