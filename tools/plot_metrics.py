@@ -1,10 +1,10 @@
 """Draws the curves of one run or more from their metrics.jsonl.
 
-    python tools/plot_metrics.py runs/eve_tiny [runs/other ...] [--output curves.png] [--panels loss lr ...]
+    python tools/plot_metrics.py runs/eve_tiny [runs/other ...] [--output FILE.png] [--panels loss lr ...]
 
 A panel shows every metric that is called `PANEL` or `PANEL/...`; without --panels, the losses one by one
-and the usual rest. Runs are told apart by line style,
-the metrics of a panel by colour. Needs matplotlib (requirements-dev.txt).
+and the usual rest. Runs are told apart by line style, the metrics of a panel by colour. Without --output
+the picture is curves.png in the directory of the first run. Needs matplotlib (requirements-dev.txt).
 """
 
 from __future__ import annotations
@@ -56,9 +56,14 @@ def default_panels(runs: dict[str, dict[str, Curve]]) -> list[str]:
 
 
 def draw_curves(runs: dict[str, dict[str, Curve]], panels: Sequence[str], output: Path) -> None:
-    """One picture, two panels side by side. Raises UserError where a panel matches nothing."""
-    import matplotlib
+    """One picture, two panels side by side. Raises UserError where a panel matches nothing.
 
+    Needs matplotlib; raises UserError without it.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise UserError("matplotlib is not installed; pip install -r requirements-dev.txt") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -96,16 +101,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"))
+    parser.add_argument("--output", type=Path, help="default: curves.png in the first RUN")
     parser.add_argument("--panels", nargs="+")
     options = parser.parse_args(arguments)
     try:
         curves = {str(run): read_curves(run) for run in options.runs}
-        draw_curves(curves, options.panels or default_panels(curves), options.output)
+        first = options.runs[0]
+        output = options.output or (first if first.is_dir() else first.parent) / "curves.png"
+        draw_curves(curves, options.panels or default_panels(curves), output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {options.output}")
+    print(f"wrote {output}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -38,8 +39,19 @@ def test_a_picture_is_written_with_ink_on_it(run, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is for development only")
     output = tmp_path / "curves.png"
     assert main([str(run), "--output", str(output), "--panels", "loss", "lr", "router"]) == 0
+    for given in (run, run / "metrics.jsonl"):
+        output.unlink()
+        assert main([str(given)]) == 0  # beside the metrics, which is the same file here
+        assert output.is_file()
     picture = np.asarray(Image.open(output).convert("RGB"))
     assert (picture != 255).any(axis=-1).sum() > 1000
+
+
+def test_without_matplotlib_a_sentence_names_the_requirements(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([str(run)]) == 2
+    assert "requirements-dev.txt" in capsys.readouterr().err
+    assert not (run / "curves.png").exists()
 
 
 def test_mistakes_are_one_sentence_with_exit_code_2(run, tmp_path, capsys):
