@@ -48,7 +48,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class FeedForward(Section):
-    """The feed-forward of some blocks: a router and its bank of experts (DESIGN.md, idea 1)."""
+    """The feed-forward of some blocks: a router and its bank of experts."""
 
     blocks: Blocks
     router: Literal["shared", "modality", "topk"]
@@ -75,7 +75,7 @@ class FeedForward(Section):
 
 
 class Decoder(Section):
-    """The light decoder of masked image modelling (MAE; PAPERS.md 6.9)."""
+    """The light decoder of masked image modelling (MAE, He et al. 2022)."""
 
     depth: int = Field(default=8, ge=1)
     width: int = Field(default=512, ge=1)
@@ -199,7 +199,7 @@ class Data(Section):
 
 
 class Stream(Section):
-    """(source, objective, weight): one forward and backward of a step (DESIGN.md, idea 2)."""
+    """(source, objective, weight): one forward and backward of a step."""
 
     name: str
     source: str

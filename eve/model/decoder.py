@@ -1,4 +1,4 @@
-"""The light decoder of masked image modelling (MAE; PAPERS.md 6.9): narrow blocks over all patches,
+"""The light decoder of masked image modelling (MAE, He et al. 2022): narrow blocks over all patches,
 mask tokens where nothing was seen, fixed sine-cosine positions, pixels out.
 
 Shape suffixes: B sample, P patch, V visible, M masked, I image token, D width, W decoder width, C pixels.

@@ -1,7 +1,7 @@
 """From pixels and word ids to packed tokens.
 
 Image: visible patches are picked before they are projected, so a masked image costs what is seen of
-it. Text: word -> LayerNorm -> dropout -> + position + type (PAPERS.md 1.1).
+it. Text: word -> LayerNorm -> dropout -> + position + type, as EVE has it.
 Shape suffixes: B sample, P patch, V visible patch, N text token, C pixels of a patch, D width.
 """
 

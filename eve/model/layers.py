@@ -1,4 +1,4 @@
-"""The constructors a model is handed (DESIGN.md, idea 3), and the plain layers of one device.
+"""The constructors a model is handed, and the plain layers of one device.
 
 `Layers()` builds a single-device model. eve/parallel replaces fields by tensor-parallel layers,
 by a bank that is split over ranks, and by reductions over ranks; the model does not know.

@@ -1,4 +1,4 @@
-"""Auxiliary losses of learned routers (PAPERS.md, section 6). T token, E expert."""
+"""Auxiliary losses of learned routers: load balance (GShard, Switch), z-loss (ST-MoE). T token, E expert."""
 
 from __future__ import annotations
 

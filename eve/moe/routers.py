@@ -2,7 +2,7 @@
 
 `shared` and `modality` need no gate: their plan is a property of the token layout, built once a
 batch. `topk` learns: g(x) = softmax(W (x + b_modality)), the k largest (EVE, section "modality-aware
-routing"; PAPERS.md 1.1). Shape suffixes: T token, D width, E expert, K choice, N row, M modality.
+routing"). Shape suffixes: T token, D width, E expert, K choice, N row, M modality.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Masked image modelling (MAE within EVE; PAPERS.md 1.3): the encoder sees the visible patches and
+"""Masked image modelling (MAE within EVE): the encoder sees the visible patches and
 the complete text, the decoder predicts the pixels of the masked patches.
 
 Shape suffixes: B sample, V visible patch, M masked patch, C pixels of a patch.

@@ -1,4 +1,4 @@
-"""Masked language modelling within a pair (EVE; PAPERS.md 1.3): the complete image and the text with
+"""Masked language modelling within a pair (EVE): the complete image and the text with
 masked words through the encoder, a small head predicts the words.
 
 Shape suffixes: B sample, N text token, K masked token, V vocabulary.

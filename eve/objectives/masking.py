@@ -30,7 +30,7 @@ def random_patches(num_patches: int, num_masked: int, rng: np.random.Generator) 
 def block_patches(
     side: int, num_masked: int, rng: np.random.Generator, min_patches: int = 4, min_aspect: float = 0.3
 ) -> np.ndarray:
-    """bool_P: rectangles until exactly `num_masked` are true (BEiT; PAPERS.md 2.3).
+    """bool_P: rectangles until exactly `num_masked` are true (BEiT, Bao et al. 2022).
 
     Rectangles of log-uniform aspect in [min_aspect, 1 / min_aspect] are placed while they add at
     least one and at most the missing number of patches. BEiT stops after ten misses in a row and so

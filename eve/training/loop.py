@@ -1,6 +1,6 @@
 """A run from its first step to its export: stages, steps, logging, checkpoints, signals.
 
-The step of a stage is a list of streams (DESIGN.md, idea 2). One step, on every rank:
+The step of a stage is a list of streams (source, objective, weight). One step, on every rank:
 
     forward and backward of each pass          gradients add up, the last backward reduces them
     next samples                                while the device still works; one small all-reduce

@@ -217,7 +217,7 @@ def test_initial_weights_are_a_function_of_seed_and_name():
     [("base", 475e6, 302e6, 94.5e6), ("large", 1.33e9, 806e6, None)],
 )
 def test_parameter_counts_are_the_papers(size, total, soft, active):
-    """PAPERS 1.1: of the encoder in all, of the experts of its soft layers, of one token's path."""
+    """The EVE paper: of the encoder in all, of the experts of its soft layers, of one token's path."""
     from eve.config import load_recipe
 
     counts = count_parameters(load_recipe(f"eve_{size}").model)
