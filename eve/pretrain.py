@@ -68,7 +68,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eve.pretrain", description="Pre-trains a recipe.")
     parser.add_argument("--recipe", required=True, help="name in eve/recipes/ or path of a YAML file")
     parser.add_argument("--deepspeed_config", help="ds_configs/zero1_bf16.json, or fp32.json without CUDA")
-    parser.add_argument("--run_dir", type=Path, help="default: runs/NAME of the recipe")
+    parser.add_argument(
+        "--run_dir", type=Path, help="default: runs/NAME of the recipe; with --resume of RUN/recipe.yaml, RUN"
+    )
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -111,7 +113,7 @@ def prepare(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
     """What Run needs; every check that needs no model. Writes nothing."""
     check_deepspeed_version()
     recipe = load_recipe(options.recipe, options.overrides)
-    run_dir = options.run_dir or Path("runs") / recipe.name
+    run_dir = options.run_dir or default_run_dir(options, recipe)
     store = CheckpointStore(run_dir / "checkpoints", topology, recipe.training.keep_checkpoints)
     checkpoint = check_run_dir(run_dir, store, resume=options.resume)
     if checkpoint is not None:
@@ -146,6 +148,14 @@ def prepare(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
         "state": state,
         "checkpoint": checkpoint,
     }
+
+
+def default_run_dir(options: argparse.Namespace, recipe: Recipe) -> Path:
+    """runs/NAME; to resume the recipe that a run wrote, that run: it may have had --run_dir."""
+    written = Path(options.recipe)
+    if options.resume and written.name == "recipe.yaml" and (written.parent / "checkpoints").is_dir():
+        return written.parent
+    return Path("runs") / recipe.name
 
 
 def load_data(recipe: Recipe) -> Tokenizer:

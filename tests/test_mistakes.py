@@ -252,7 +252,9 @@ def test_resuming_without_the_overrides_of_the_run(
         assert f"{key} is '{value}', was '{tiny.parent}/" in sentence
         assert f"--recipe {finished}/recipe.yaml" in sentence
     copy = shutil.copytree(finished, tmp_path / "copy")
-    assert pretrain.main(arguments(copy / "recipe.yaml", copy, "--resume")) == 0
+    mistake.capfd.readouterr()
+    assert pretrain.main(["--recipe", str(copy / "recipe.yaml"), "--resume"]) == 0
+    assert f"resuming {copy}/checkpoints/step-00000004" in mistake.capfd.readouterr().out
 
 
 def test_checkpoint_with_another_tokenizer(
