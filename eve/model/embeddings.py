@@ -59,7 +59,8 @@ class ImageEmbedding(nn.Module):
         position_BVD = self.position[1:]
         if visible_BV is not None:
             patches = pick(patches, visible_BV)
-            position_BVD = position_BVD[visible_BV]
+            # Not by index: the gradient of that is added by atomics, in another order each time.
+            position_BVD = F.embedding(visible_BV, position_BVD)
         x_BVD = self.projection(to_float(patches).to(self.projection.weight.dtype)) + position_BVD
         first_B1D = (self.class_token + self.position[0]).expand(x_BVD.shape[0], 1, -1)
         return torch.cat([first_B1D, x_BVD], dim=1).flatten(0, 1)

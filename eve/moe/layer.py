@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve.config import FeedForward
@@ -43,7 +44,7 @@ class RoutedFeedForward(nn.Module):
             return self.experts(x_TD, plan.offsets_E), None
         output = self.router(x_TD, layout)
         if self.config.modality_vector == "dispatch":
-            x_TD = x_TD + self.router.modality_vector[layout.modality_T]  # pyright: ignore
+            x_TD = x_TD + F.embedding(layout.modality_T, self.router.modality_vector)  # pyright: ignore
         x_ND = self.dispatcher.dispatch(x_TD, output.plan)
         y_ND = self.experts(x_ND, output.plan.offsets_E)
         return self.dispatcher.combine(y_ND, output.plan), output
