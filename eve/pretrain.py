@@ -67,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eve.pretrain", description="Pre-trains a recipe.")
     parser.add_argument("--recipe", required=True, help="name in eve/recipes/ or path of a YAML file")
-    parser.add_argument("--deepspeed_config", help="ds_configs/zero1_bf16.json, or fp32.json without CUDA")
+    parser.add_argument(
+        "--deepspeed_config", help="ds_configs/zero1_bf16.json, or zero0_fp32.json without CUDA"
+    )
     parser.add_argument(
         "--run_dir", type=Path, help="default: runs/NAME of the recipe; with --resume of RUN/recipe.yaml, RUN"
     )
@@ -119,11 +121,11 @@ def prepare(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
     if checkpoint is not None:
         check_same_recipe(checkpoint, recipe, run_dir)
     cuda = topology.device.type == "cuda"
-    default = DS_CONFIGS / ("zero1_bf16.json" if cuda else "fp32.json")
+    default = DS_CONFIGS / ("zero1_bf16.json" if cuda else "zero0_fp32.json")
     where = str(options.deepspeed_config or default)
     ds_tree = read_ds_config(where)
     for stage in recipe.stages:
-        resolve_ds_config(ds_tree, recipe, stage, topology.world_size, cuda=cuda, where=where)
+        resolve_ds_config(ds_tree, recipe, stage, topology.data, cuda=cuda, where=where)
         if stage.init_from is not None:
             check_weights(Path(stage.init_from), recipe.model)
     try:
@@ -265,7 +267,7 @@ def begin_run_dir(prepared: dict[str, Any], topology: Topology, *, resume: bool)
         prepared["ds_tree"],
         recipe,
         recipe.stages[0],
-        topology.world_size,
+        topology.data,
         cuda=topology.device.type == "cuda",
         where=prepared["ds_where"],
     )

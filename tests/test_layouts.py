@@ -43,7 +43,7 @@ def one_process(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("config", "more"),
-    [("fp32.json", "training.num_workers=0"), ("zero2_fp32.json", "training.num_workers=2")],
+    [("zero0_fp32.json", "training.num_workers=0"), ("zero2_fp32.json", "training.num_workers=2")],
 )
 def test_losses_of_two_processes_are_those_of_one(
     config: str, more: str, tiny: Path, one_process: Path, two_ranks: RankPool, tmp_path: Path
@@ -106,7 +106,7 @@ def step_contents(recipe_path: Path, num_workers: int, num_steps: int) -> list[l
     topology = Topology.from_environment()
     stage = recipe.stages[0]
     objectives = {stream.name: build_objective(stream, recipe.model) for stream in stage.streams}
-    plan = plan_step({}, recipe, stage, topology.world_size, where="")
+    plan = plan_step({}, recipe, stage, topology.data, where="")
     feed = StepFeed(recipe, stage, plan, Tokenizer.load(recipe.data.tokenizer), objectives, topology, {})
     steps = []
     for _ in range(num_steps):

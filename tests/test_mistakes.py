@@ -59,7 +59,7 @@ def mistake(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Mi
     return Mistake(tiny, tmp_path, capfd)
 
 
-def ds_config(name: str = "fp32.json", **changes: Any) -> dict[str, Any]:
+def ds_config(name: str = "zero0_fp32.json", **changes: Any) -> dict[str, Any]:
     return {**json.loads((DS_CONFIGS / name).read_text()), **changes}
 
 
@@ -173,14 +173,14 @@ def test_failure_before_the_first_step_leaves_nothing_in_the_way(mistake: Mistak
 
 
 def test_options_and_overrides_in_any_order(mistake: Mistake) -> None:
-    argv = ("stages.0.steps=2", "--deepspeed_config", "ds_configs/fp32.json", "model.widht=3")
+    argv = ("stages.0.steps=2", "--deepspeed_config", "ds_configs/zero0_fp32.json", "model.widht=3")
     assert "unknown key model.widht" in mistake.before_anything(*argv)
 
 
 def test_deepspeed_config_is_missing(mistake: Mistake) -> None:
     sentence = mistake.before_anything("--deepspeed_config", "ds_configs/fp33.json")
     assert "ds_configs/fp33.json cannot be read" in sentence
-    assert "fp32.json" in sentence
+    assert "zero0_fp32.json" in sentence
 
 
 def test_micro_batch_is_said_twice(mistake: Mistake) -> None:

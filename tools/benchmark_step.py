@@ -219,7 +219,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--recipe", default="eve_tiny")
-    parser.add_argument("--deepspeed_config", default="ds_configs/fp32.json")
+    parser.add_argument("--deepspeed_config", default="ds_configs/zero0_fp32.json")
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--profile", action="store_true", help="also print where the time goes")

@@ -93,20 +93,28 @@ def micro_batch_size(tree: dict[str, Any], recipe: Recipe, where: str) -> int | 
     return wanted if written == "auto" else written
 
 
-def plan_step(tree: dict[str, Any], recipe: Recipe, stage: Stage, world_size: int, where: str) -> StepPlan:
-    """Cuts the batch of each source of the stage. Raises UserError where it does not divide."""
+def sharers(recipe: Recipe, num_shares: int) -> str:
+    """Who gets a share of a batch each, in words: the processes, or groups of them that share each layer."""
+    tensor = recipe.parallel.tensor
+    return f"{num_shares} processes" if tensor == 1 else f"{num_shares} groups of {tensor} processes"
+
+
+def plan_step(tree: dict[str, Any], recipe: Recipe, stage: Stage, num_shares: int, where: str) -> StepPlan:
+    """Cuts the batch of each source of the stage into `num_shares` (Topology.data), and a share into passes.
+
+    Raises UserError where it does not divide.
+    """
     micro_batch = micro_batch_size(tree, recipe, where)
-    if recipe.data.num_readers % world_size:
-        raise UserError(
-            f"data.num_readers {recipe.data.num_readers} is not a multiple of the {world_size} processes"
-        )
+    readers = sharers(recipe, num_shares)
+    if recipe.data.num_readers % num_shares:
+        raise UserError(f"data.num_readers {recipe.data.num_readers} is not a multiple of the {readers}")
     shares = {}
     for stream in stage.streams:
         batch_size = recipe.data.sources[stream.source].batch_size
         key = f"data.sources.{stream.source}.batch_size {batch_size}"
-        if batch_size % world_size:
-            raise UserError(f"{key} is not a multiple of the {world_size} processes")
-        shares[stream.source] = batch_size // world_size
+        if batch_size % num_shares:
+            raise UserError(f"{key} is not a multiple of the {readers}")
+        shares[stream.source] = batch_size // num_shares
     for source, share in shares.items():
         if micro_batch is not None and share % micro_batch:
             common = math.gcd(*shares.values())
@@ -114,7 +122,7 @@ def plan_step(tree: dict[str, Any], recipe: Recipe, stage: Stage, world_size: in
             written = tree.get("train_micro_batch_size_per_gpu", "auto") != "auto"
             place = f"train_micro_batch_size_per_gpu {works} in {where}"
             raise UserError(
-                f"data.sources.{source}.batch_size {share * world_size} gives each of {world_size} processes "
+                f"data.sources.{source}.batch_size {share * num_shares} gives each of {readers} "
                 f"{share} samples, which is not a multiple of the micro-batch {micro_batch}; "
                 f"give {place if written else f'training.micro_batch_size={works}'}"
             )
@@ -136,10 +144,12 @@ def describe(config: dict[str, Any], plan: StepPlan, stage: Stage) -> str:
 
 
 def resolve_ds_config(
-    tree: dict[str, Any], recipe: Recipe, stage: Stage, world_size: int, *, cuda: bool, where: str
+    tree: dict[str, Any], recipe: Recipe, stage: Stage, num_shares: int, *, cuda: bool, where: str
 ) -> tuple[dict[str, Any], StepPlan]:
     """The configuration that the engine gets, with every "auto" filled in, and how a step is cut.
 
+    `num_shares`: shares of a batch (Topology.data); DeepSpeed counts data-parallel ranks alike, as its
+    `mpu` is a Topology.
     Raises UserError, in one sentence, for what cannot be or contradicts the recipe.
     """
     stage_number = zero_stage(tree)
@@ -151,7 +161,7 @@ def resolve_ds_config(
             f"{where} says {enabled[0]} with zero_optimization.stage 0, which lacks fp32 weights; use stage 1"
         )
     if enabled == ["fp16"] and not cuda:
-        raise UserError(f"{where} enables fp16, which needs a CUDA device; use ds_configs/fp32.json on a CPU")
+        raise UserError(f"{where} enables fp16, which needs a CUDA device; use zero0_fp32.json on a CPU")
     if stage_number == 1 and tree["zero_optimization"].get("overlap_comm"):
         # Hooks of the last backward reduce the gradients, so a parameter that only an earlier stream
         # of the step uses would be left out.
@@ -173,19 +183,19 @@ def resolve_ds_config(
         if kind == "fp16":
             raise UserError(f"{where} enables fp16, which is for recipes without a topk router; use bf16")
 
-    plan = plan_step(tree, recipe, stage, world_size, where)
+    plan = plan_step(tree, recipe, stage, num_shares, where)
     passes = plan.passes(stage)
     micro_batch = plan.micro_batch[stage.streams[0].source]
     decided = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": passes,
-        "train_batch_size": micro_batch * passes * world_size,
+        "train_batch_size": micro_batch * passes * num_shares,
         "gradient_clipping": recipe.optimizer.clip or 0.0,
     }
     for key, value in decided.items():
         written = tree.get(key, "auto")
         if written != "auto" and written != value:
             raise UserError(
-                f"{where} says {key} {written}, the recipe and {world_size} processes make it {value}"
+                f"{where} says {key} {written}, the recipe and {sharers(recipe, num_shares)} make it {value}"
             )
     return {**tree, **decided}, plan

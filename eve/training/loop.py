@@ -140,7 +140,7 @@ class Run:
             self.ds_tree,
             self.recipe,
             stage,
-            self.topology.world_size,
+            self.topology.data,
             cuda=self.topology.device.type == "cuda",
             where=self.ds_where,
         )

@@ -22,7 +22,7 @@ CONFIGS = sorted(path.name for path in DS_CONFIGS.glob("*.json"))
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_says_what_its_name_says(name: str) -> None:
     tree = read_ds_config(DS_CONFIGS / name)
-    stage, kind = (0, "fp32") if name == "fp32.json" else (int(name[4]), name[6:10])
+    stage, kind = int(name[4]), name[6:10]
     assert (zero_stage(tree), precision(tree)) == (stage, kind)
     # Defaults of DeepSpeed change between releases: everything that matters is written out.
     keys = {"gradient_clipping", "bf16", "fp16", "data_types", "communication_data_type"}
@@ -49,17 +49,17 @@ def test_deepspeed_accepts_every_config(name: str, tiny: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "micro_batch", "passes", "train_batch_size"),
+    ("num_shares", "micro_batch", "passes", "train_batch_size"),
     [(1, "null", 2, 32), (2, "null", 2, 32), (2, "4", 4, 32), (4, "1", 8, 32), (1, "2", 16, 32)],
 )
 def test_accumulation_counts_micro_batches_times_streams(
-    world_size: int, micro_batch: str, passes: int, train_batch_size: int, tiny: Path
+    num_shares: int, micro_batch: str, passes: int, train_batch_size: int, tiny: Path
 ) -> None:
     recipe = tiny_recipe(tiny, f"training.micro_batch_size={micro_batch}")
-    resolved, plan = resolve_ds_config({}, recipe, recipe.stages[0], world_size, cuda=False, where="")
+    resolved, plan = resolve_ds_config({}, recipe, recipe.stages[0], num_shares, cuda=False, where="")
     assert resolved["gradient_accumulation_steps"] == plan.passes(recipe.stages[0]) == passes
     assert resolved["train_batch_size"] == train_batch_size
-    assert plan.share["pairs"] == 16 // world_size
+    assert plan.share["pairs"] == 16 // num_shares
 
 
 def test_fp16_is_for_recipes_without_a_learned_router(tiny: Path) -> None:

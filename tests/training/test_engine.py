@@ -99,7 +99,7 @@ def build_engine(
     tree = json.loads((DS_CONFIGS / config).read_text())
     # As of a large model: small weights are cut up as well.
     tree["zero_optimization"] |= {"stage3_param_persistence_threshold": 10}
-    resolved, plan = resolve_ds_config(tree, recipe, stage, topology.world_size, cuda=False, where=config)
+    resolved, plan = resolve_ds_config(tree, recipe, stage, topology.data, cuda=False, where=config)
     module = build_stage(recipe, stage, previous, topology)
     return Engine(module, recipe.optimizer, resolved, topology), plan, topology
 
@@ -130,7 +130,9 @@ def engine_steps(
 
 
 @pytest.mark.parametrize("micro_batch", [8, 4])
-@pytest.mark.parametrize("config", ["fp32.json", "zero1_fp32.json", "zero2_fp32.json", "zero3_fp32.json"])
+@pytest.mark.parametrize(
+    "config", ["zero0_fp32.json", "zero1_fp32.json", "zero2_fp32.json", "zero3_fp32.json"]
+)
 def test_two_ranks_equal_one_plain_process(
     config: str, micro_batch: int, tiny: Path, two_ranks: RankPool
 ) -> None:
@@ -153,10 +155,10 @@ CAPACITY = "model.feed_forward.1.capacity_factor=0.5", "model.init_std=0.2", "mo
 @pytest.mark.parametrize(
     ("more", "config", "cut"),
     [
-        (PAIR, "fp32.json", 4),
+        (PAIR, "zero0_fp32.json", 4),
         (PAIR, "zero2_fp32.json", 8),
         # What finds a slot depends on who is in the forward pass.
-        (CAPACITY, "fp32.json", 4),
+        (CAPACITY, "zero0_fp32.json", 4),
         (CAPACITY, "zero1_fp32.json", 8),
     ],
 )
