@@ -76,9 +76,26 @@ def zero_stage(tree: dict[str, Any]) -> int:
     return int(tree.get("zero_optimization", {}).get("stage", 0))
 
 
+def offloads(tree: dict[str, Any]) -> bool:
+    """Whether the optimizer's states and fp32 weights lie on the host, where AdamW updates them."""
+    offload = tree.get("zero_optimization", {}).get("offload_optimizer", {})
+    return offload.get("device", "none") == "cpu"
+
+
 def precision(tree: dict[str, Any]) -> str:
     """fp32, bf16 or fp16."""
     return next((name for name in PRECISIONS if tree.get(name, {}).get("enabled", False)), "fp32")
+
+
+def state_format(tree: dict[str, Any]) -> str:
+    """What of the config, besides ZeRO stage and precision, decides how DeepSpeed writes optimizer states.
+
+    At stage 1 bf16 with fp32 gradients has a wrapper of its own (BF16_Optimizer), but not when it offloads.
+    """
+    kind = precision(tree)
+    accumulated = tree.get("data_types", {}).get("grad_accum_dtype", kind)
+    apart = (zero_stage(tree), kind, accumulated) == (1, "bf16", "fp32") and not offloads(tree)
+    return "BF16_Optimizer" if apart else "ZeRO"
 
 
 def micro_batch_size(tree: dict[str, Any], recipe: Recipe, where: str) -> int | None:
@@ -99,33 +116,48 @@ def sharers(recipe: Recipe, num_shares: int) -> str:
     return f"{num_shares} processes" if tensor == 1 else f"{num_shares} groups of {tensor} processes"
 
 
+def routing_group(recipe: Recipe) -> int:
+    """What the samples of a forward pass must be a multiple of: every learned router fills whole groups."""
+    return math.lcm(*(ff.group_size for ff in recipe.model.feed_forward if ff.router == "topk"))
+
+
 def plan_step(tree: dict[str, Any], recipe: Recipe, stage: Stage, num_shares: int, where: str) -> StepPlan:
     """Cuts the batch of each source of the stage into `num_shares` (Topology.data), and a share into passes.
 
-    Raises UserError where it does not divide.
+    Raises UserError, naming a micro-batch that works, where it does not divide.
     """
     micro_batch = micro_batch_size(tree, recipe, where)
     readers = sharers(recipe, num_shares)
     if recipe.data.num_readers % num_shares:
         raise UserError(f"data.num_readers {recipe.data.num_readers} is not a multiple of the {readers}")
-    shares = {}
+    shares, group = {}, routing_group(recipe)
     for stream in stage.streams:
         batch_size = recipe.data.sources[stream.source].batch_size
         key = f"data.sources.{stream.source}.batch_size {batch_size}"
         if batch_size % num_shares:
             raise UserError(f"{key} is not a multiple of the {readers}")
-        shares[stream.source] = batch_size // num_shares
-    for source, share in shares.items():
-        if micro_batch is not None and share % micro_batch:
-            common = math.gcd(*shares.values())
-            works = max(size for size in range(1, min(micro_batch, common) + 1) if common % size == 0)
-            written = tree.get("train_micro_batch_size_per_gpu", "auto") != "auto"
-            place = f"train_micro_batch_size_per_gpu {works} in {where}"
+        share = batch_size // num_shares
+        if share % group:
             raise UserError(
-                f"data.sources.{source}.batch_size {share * num_shares} gives each of {readers} "
-                f"{share} samples, which is not a multiple of the micro-batch {micro_batch}; "
-                f"give {place if written else f'training.micro_batch_size={works}'}"
+                f"{key} gives each of {readers} {share} samples, which is not a multiple of {group}, "
+                f"the group_size of the topk routers"
             )
+        shares[stream.source] = share
+    for source, share in shares.items():
+        if micro_batch is None or (share % micro_batch == 0 and micro_batch % group == 0):
+            continue
+        common = math.gcd(*shares.values())
+        fitting = [size for size in range(group, common + 1, group) if common % size == 0]
+        works = max((size for size in fitting if size <= micro_batch), default=group)
+        written = tree.get("train_micro_batch_size_per_gpu", "auto") != "auto"
+        place = f"train_micro_batch_size_per_gpu {works} in {where}"
+        cut = (
+            f"data.sources.{source}.batch_size {share * num_shares} gives each of {readers} {share} samples, "
+            f"which is not a multiple of the micro-batch {micro_batch}"
+            if share % micro_batch
+            else f"the micro-batch {micro_batch} is not a multiple of {group}, the group_size of the routers"
+        )
+        raise UserError(f"{cut}; give {place if written else f'training.micro_batch_size={works}'}")
     return StepPlan(shares, {source: micro_batch or share for source, share in shares.items()})
 
 
@@ -138,9 +170,63 @@ def describe(config: dict[str, Any], plan: StepPlan, stage: Stage) -> str:
     clip = config["gradient_clipping"]
     return (
         f"ZeRO stage {zero_stage(config)}, {precision(config)}, "
+        f"{'states of the optimizer on the host, ' if offloads(config) else ''}"
         f"{f'clipping at {clip}' if clip else 'no clipping'}, passes of a step on each device "
         f"(micro-batches x samples): {', '.join(cuts)}"
     )
+
+
+def check_combinations(tree: dict[str, Any], recipe: Recipe, *, cuda: bool, where: str) -> None:
+    """Raises UserError, in one sentence, for the first combination that cannot work."""
+    number, kind, zero = zero_stage(tree), precision(tree), tree.get("zero_optimization", {})
+    accumulated = tree.get("data_types", {}).get("grad_accum_dtype", kind)
+    learned = any(feed_forward.router == "topk" for feed_forward in recipe.model.feed_forward)
+    degrees = {"tensor": recipe.parallel.tensor, "expert": recipe.parallel.expert}
+    spread = next((f"parallel.{name} {degree}" for name, degree in degrees.items() if degree > 1), None)
+    refused = (
+        (
+            all(tree.get(name, {}).get("enabled", False) for name in PRECISIONS),
+            "enables both bf16 and fp16, expected at most one",
+        ),
+        (
+            kind != "fp32" and number == 0,
+            f"says {kind} with zero_optimization.stage 0, where DeepSpeed starts its fp32 weights from "
+            "rounded ones; use stage 1, which sends as much and needs less memory",
+        ),
+        (
+            kind == "fp16" and not cuda,
+            "enables fp16, which needs a CUDA device; use zero0_fp32.json on a CPU",
+        ),
+        (kind == "fp16" and learned, "enables fp16, which is for recipes without a topk router; use bf16"),
+        (
+            accumulated not in ("fp32", kind),
+            f"says data_types.grad_accum_dtype {accumulated}, which goes with {accumulated} enabled; "
+            f"use {' or '.join(sorted({'fp32', kind}))}",
+        ),
+        # Hooks of the last backward reduce the gradients, so a parameter that only an earlier stream
+        # of the step uses would be left out.
+        (
+            number == 1 and zero.get("overlap_comm", False),
+            "says overlap_comm true with ZeRO stage 1, which loses gradients of streams",
+        ),
+        (
+            number == 0 and offloads(tree),
+            "says offload_optimizer with zero_optimization.stage 0, which keeps its states; use 1 or 2",
+        ),
+        (
+            number == 3 and learned,
+            "says zero_optimization.stage 3, which is for recipes without a topk router; use 1 or 2",
+        ),
+        (
+            number == 3 and spread is not None,
+            f"says zero_optimization.stage 3, which does not go with {spread} of the recipe; use 1 or 2",
+        ),
+    )
+    for found, sentence in refused:
+        if found:
+            raise UserError(f"{where} {sentence}")
+    if recipe.training.compile and spread is not None:
+        raise UserError(f"training.compile does not go with {spread}; set one of them to its default")
 
 
 def resolve_ds_config(
@@ -152,37 +238,7 @@ def resolve_ds_config(
     `mpu` is a Topology.
     Raises UserError, in one sentence, for what cannot be or contradicts the recipe.
     """
-    stage_number = zero_stage(tree)
-    enabled = [name for name in PRECISIONS if tree.get(name, {}).get("enabled", False)]
-    if len(enabled) > 1:
-        raise UserError(f"{where} enables both bf16 and fp16, expected at most one")
-    if enabled and stage_number == 0:
-        raise UserError(
-            f"{where} says {enabled[0]} with zero_optimization.stage 0, which lacks fp32 weights; use stage 1"
-        )
-    if enabled == ["fp16"] and not cuda:
-        raise UserError(f"{where} enables fp16, which needs a CUDA device; use zero0_fp32.json on a CPU")
-    if stage_number == 1 and tree["zero_optimization"].get("overlap_comm"):
-        # Hooks of the last backward reduce the gradients, so a parameter that only an earlier stream
-        # of the step uses would be left out.
-        raise UserError(f"{where} says overlap_comm true with ZeRO stage 1, which loses gradients of streams")
-
-    kind = precision(tree)
-    accumulated = tree.get("data_types", {}).get("grad_accum_dtype", kind)
-    if accumulated not in ("fp32", kind):
-        raise UserError(
-            f"{where} says data_types.grad_accum_dtype {accumulated}, which goes with {accumulated} enabled; "
-            f"use {' or '.join(sorted({'fp32', kind}))}"
-        )
-    if any(feed_forward.router == "topk" for feed_forward in recipe.model.feed_forward):
-        if stage_number == 3:
-            raise UserError(
-                f"{where} says zero_optimization.stage 3, which is for recipes without a topk router; "
-                "use 1 or 2"
-            )
-        if kind == "fp16":
-            raise UserError(f"{where} enables fp16, which is for recipes without a topk router; use bf16")
-
+    check_combinations(tree, recipe, cuda=cuda, where=where)
     plan = plan_step(tree, recipe, stage, num_shares, where)
     passes = plan.passes(stage)
     micro_batch = plan.micro_batch[stage.streams[0].source]
@@ -198,4 +254,5 @@ def resolve_ds_config(
             raise UserError(
                 f"{where} says {key} {written}, the recipe and {sharers(recipe, num_shares)} make it {value}"
             )
-    return {**tree, **decided}, plan
+    # DeepSpeed would insist on its own AdamW for offloaded states.
+    return {**tree, **decided, "zero_force_ds_cpu_optimizer": False}, plan

@@ -33,13 +33,19 @@ AUTO_KEYS = (
     "gradient_accumulation_steps",
     "gradient_clipping",
 )
-# Keys that DeepSpeed knows, and why they are refused.
-NO_OFFLOAD = "there is no offloading to a host; a higher ZeRO stage saves memory as well"
+# Keys that DeepSpeed knows, or values of them, and why they are refused.
+LAYOUT = "tools/convert_checkpoint.py cannot read checkpoints written so"
 REFUSED = {
     "optimizer": "that belongs to the recipe (optimizer)",
     "scheduler": "that belongs to the recipe (stages)",
-    "zero_optimization.offload_optimizer": NO_OFFLOAD,
-    "zero_optimization.offload_param": NO_OFFLOAD,
+    "zero_force_ds_cpu_optimizer": "offloaded states are updated by torch's fused AdamW, so use false",
+    "zero_optimization.offload_param": "weights stay on their device; ZeRO stage 3 cuts them up",
+    "zero_optimization.offload_optimizer.device": 'states go to the host ("cpu") or stay ("none")',
+    "zero_optimization.offload_optimizer.ratio": "states are offloaded all (1.0) or not at all",
+    "zero_optimization.offload_optimizer.nvme_path": 'states go to the host ("cpu") only',
+    "zero_optimization.round_robin_gradients": f"{LAYOUT}, so use false",
+    "zero_optimization.elastic_checkpoint": f"{LAYOUT}, so use false",
+    "zero_optimization.parameter_alignment": f"{LAYOUT}, so use false",
 }
 
 
@@ -50,10 +56,24 @@ def _only_number(value: Any) -> Any:
     return value
 
 
+def _only_boolean(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError("a valid boolean")
+    return value
+
+
 Positive = Annotated[PositiveInt, BeforeValidator(_only_number)]
 NotNegative = Annotated[NonNegativeInt, BeforeValidator(_only_number)]
 Kind = Literal["fp32", "bf16", "fp16"]
+No = Annotated[Literal[False], BeforeValidator(_only_boolean)]
 CLOSED = with_config(ConfigDict(extra="forbid", allow_inf_nan=False))
+
+
+@CLOSED
+class OffloadOptimizer(TypedDict, total=False):
+    device: Literal["none", "cpu"]
+    pin_memory: StrictBool
+    ratio: Annotated[float, Field(ge=1, le=1), BeforeValidator(_only_number)]
 
 
 @CLOSED
@@ -66,10 +86,11 @@ class ZeroOptimization(TypedDict, total=False):
     allgather_partitions: StrictBool
     allgather_bucket_size: NotNegative
     overlap_comm: StrictBool
-    round_robin_gradients: StrictBool
+    round_robin_gradients: No
     ignore_unused_parameters: StrictBool
-    elastic_checkpoint: StrictBool
-    parameter_alignment: StrictBool
+    elastic_checkpoint: No
+    parameter_alignment: No
+    offload_optimizer: OffloadOptimizer
     sub_group_size: NotNegative
     stage3_prefetch_bucket_size: NotNegative
     stage3_param_persistence_threshold: NotNegative
@@ -122,6 +143,7 @@ class EngineKeys(TypedDict, total=False):
     gradient_accumulation_steps: Positive
     gradient_clipping: Annotated[float, Field(ge=0), BeforeValidator(_only_number)]
     zero_optimization: ZeroOptimization
+    zero_force_ds_cpu_optimizer: No
     bf16: BFloat16
     fp16: Float16
     data_types: DataTypes
@@ -153,7 +175,9 @@ def _mistake(error: ValidationError) -> str:
     *parents, last = first["loc"]
     key = ".".join(str(part) for part in first["loc"])
     if key in REFUSED:
-        return f"has the key {key}; {REFUSED[key]}"
+        unknown = first["type"] == "extra_forbidden"
+        found = f"has the key {key}" if unknown else f"says {key} {json.dumps(first['input'])}"
+        return f"{found}; {REFUSED[key]}"
     if first["type"] == "extra_forbidden":
         section: Any = EngineKeys
         for part in parents:
