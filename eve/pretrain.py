@@ -3,6 +3,7 @@
     deepspeed [--hostfile HOSTS] --module eve.pretrain --recipe eve_base \\
               --deepspeed_config ds_configs/zero1_bf16.json [section.key=value ...]
     torchrun --nproc-per-node 8 -m eve.pretrain --recipe eve_base ...
+    srun --ntasks-per-node 8 python -m eve.pretrain --recipe eve_base ...
     python -m eve.pretrain --recipe eve_tiny
 
 Writes runs/NAME/ (or --run_dir): recipe, metrics.jsonl, TensorBoard events, samples, checkpoints and, at the
@@ -32,7 +33,9 @@ from eve.data.shards import resolve
 from eve.data.tokenizer import Tokenizer
 from eve.errors import UserError
 from eve.model import count_parameters
+from eve.parallel.launcher import read_environment
 from eve.parallel.topology import Topology
+from eve.parallel.watchdog import Watchdog
 from eve.training.checkpoint import CheckpointStore, directory_size
 from eve.training.ds_config import (
     DS_CONFIGS,
@@ -301,16 +304,19 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def program() -> None:
     """`main` as the whole of a process."""
+    read_environment()
+    watchdog = Watchdog.start()
     try:
         code = main()
         Topology.leave()
-    except Exception:
-        # A defect, maybe on this rank alone: the launcher ends the others once this process is gone, so
-        # no thread, process group or exit handler may keep it.
+    except Exception as error:
+        # A defect, maybe on this rank alone: the others end once this process is gone, so no thread,
+        # process group or exit handler may keep it.
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        watchdog.report(error)
+    watchdog.stop(code)
     sys.exit(code)
 
 
