@@ -60,10 +60,13 @@ class FeedForward(Section):
     modality_vector: Literal["none", "gate", "dispatch"] = "gate"
     # Weights of a token's kept choices are divided by their sum.
     renormalise: bool = True
-    # Slots of an expert are ceil(capacity_factor * k * T / E); 0 is dropless.
+    # Slots of an expert are ceil(capacity_factor * k * T / E) for the T tokens of a group; 0 is dropless.
     capacity_factor: float = Field(default=0.0, ge=0)
     capacity_factor_eval: float = Field(default=0.0, ge=0)
     min_capacity: int = Field(default=4, ge=1)
+    # Samples whose tokens are balanced and fill capacity together (the groups of GShard). Micro-batches are
+    # multiples of it, so that a step does not depend on how its batch was cut over devices and passes.
+    group_size: int = Field(default=8, ge=1)
     load_balance_weight: float = Field(default=0.001, ge=0)
     z_loss_weight: float = Field(default=0.0, ge=0)
 
@@ -259,10 +262,9 @@ class Optimizer(Section):
 
 
 class Training(Section):
-    """How the run goes. Only the first and the last key change the result."""
+    """How the run goes. Only the last key changes the result."""
 
-    # Samples of one forward pass on one device; null is the whole share of the rank. Learned routers
-    # balance and fill their experts within one forward pass over all ranks.
+    # Samples of one forward pass on one device; null is the whole share of the rank.
     micro_batch_size: int | None = Field(default=None, ge=1)
     activation_checkpointing: bool = False
     compile: bool = False
@@ -273,6 +275,17 @@ class Training(Section):
     keep_checkpoints: int = Field(default=2, ge=1)
     # Steps in a row with a loss or gradient norm that is not finite before the run stops; each is skipped.
     max_skipped_steps: int = Field(default=10, ge=0)
+
+
+class Parallel(Section):
+    """How a model is spread over devices. Results do not depend on it but for rounding."""
+
+    # Devices that share each layer and the same samples (Megatron's tensor parallelism).
+    tensor: int = Field(default=1, ge=1)
+    # With tensor > 1: tokens between the layers are split over those devices as well.
+    sequence: bool = True
+    # Devices that share the experts of learned routers.
+    expert: int = Field(default=1, ge=1)
 
 
 class Evaluation(Section):
@@ -300,6 +313,7 @@ class Recipe(Section):
     stages: tuple[Stage, ...] = Field(min_length=1)
     optimizer: Optimizer = Optimizer()
     training: Training = Training()
+    parallel: Parallel = Parallel()
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")

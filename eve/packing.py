@@ -29,10 +29,23 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """A run of consecutive rows of x_TD, from `begin` on: image tokens, then text tokens."""
+
+    begin: int
+    num_image: int
+    num_text: int
+    modality_T: Tensor
+    sample_T: Tensor
+
+
+@dataclass(frozen=True)
 class TokenLayout:
     """Where the tokens of B samples lie. Made on the host from lengths, without a device sync.
 
     Attributes:
+        held: the rows that this process holds between layers: all, but under sequence parallelism.
+        num_samples: B.
         num_image, num_text: tokens of each modality; T is their sum.
         image_lengths, text_lengths: tokens of each sample.
         modality_T, sample_T: int64, modality (0 image, 1 text) and sample of each row.
@@ -47,6 +60,8 @@ class TokenLayout:
         text_position_N: int64, place of each text token in its text.
     """
 
+    held: Rows
+    num_samples: int
     num_image: int
     num_text: int
     image_lengths: tuple[int, ...]
@@ -64,12 +79,15 @@ class TokenLayout:
     text_position_N: Tensor
 
     @property
-    def num_samples(self) -> int:
-        return len(self.image_lengths)
-
-    @property
     def num_tokens(self) -> int:
         return self.num_image + self.num_text
+
+    def rows(self, begin: int, end: int) -> Rows:
+        """Rows begin to end (exclusive)."""
+        num_image = max(0, min(end, self.num_image) - begin)
+        return Rows(
+            begin, num_image, end - begin - num_image, self.modality_T[begin:end], self.sample_T[begin:end]
+        )
 
     @staticmethod
     def build(
@@ -101,14 +119,18 @@ class TokenLayout:
             return to_device(torch.from_numpy(array), device)
 
         num_image = int(lengths[0].sum())
+        modality_T = put((np.arange(len(sample)) >= num_image).astype(np.int64))
+        sample_T = put(sample)
         return TokenLayout(
+            held=Rows(0, num_image, len(sample) - num_image, modality_T, sample_T),
+            num_samples=num_samples,
             num_image=num_image,
             num_text=len(sample) - num_image,
             image_lengths=tuple(image_lengths),
             text_lengths=tuple(text_lengths),
             max_length=longest,
-            modality_T=put((np.arange(len(sample)) >= num_image).astype(np.int64)),
-            sample_T=put(sample),
+            modality_T=modality_T,
+            sample_T=sample_T,
             slot_T=put(slot),
             row_S=put(row),
             valid_BL=None if valid is None else put(valid),
@@ -177,10 +199,15 @@ def unpad(x_BLW: Tensor, layout: TokenLayout) -> Tensor:
     return _Unpad.apply(x_BLW.flatten(0, 1), layout.slot_T, layout.row_S, layout.valid_BL)  # pyright: ignore
 
 
+def permute_rows(x_TW: Tensor, order_T: Tensor, inverse_T: Tensor) -> Tensor:
+    """x_TW[order_T], where `inverse_T` is the inverse permutation."""
+    return _Permute.apply(x_TW, order_T, inverse_T)  # pyright: ignore
+
+
 def to_samples(x_TW: Tensor, layout: TokenLayout) -> Tensor:
     """Rows in sample-major order without padding, as variable-length attention wants them."""
-    return _Permute.apply(x_TW, layout.sorted_T, layout.unsorted_T)  # pyright: ignore
+    return permute_rows(x_TW, layout.sorted_T, layout.unsorted_T)
 
 
 def from_samples(x_TW: Tensor, layout: TokenLayout) -> Tensor:
-    return _Permute.apply(x_TW, layout.unsorted_T, layout.sorted_T)  # pyright: ignore
+    return permute_rows(x_TW, layout.unsorted_T, layout.sorted_T)

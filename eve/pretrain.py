@@ -41,10 +41,10 @@ from eve.training.ds_config import (
     DS_CONFIGS,
     check_deepspeed_version,
     describe,
-    micro_batch_size,
     precision,
     read_ds_config,
     resolve_ds_config,
+    state_format,
     zero_stage,
 )
 from eve.training.export import check_weights
@@ -52,7 +52,7 @@ from eve.training.loop import Run, TrainState
 
 # What a resumed run may change in the recipe: how it runs (what of it changes results is compared apart), and
 # where its data lie (their content is compared: the tokenizer's bytes, names and counts of the shards).
-FREE_KEYS = re.compile(r"training\..*|evaluation\..*|data\.tokenizer|data\.sources\..*\.shards")
+FREE_KEYS = re.compile(r"training\..*|parallel\..*|evaluation\..*|data\.tokenizer|data\.sources\..*\.shards")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,6 +95,7 @@ def pretrain(options: argparse.Namespace, topology: Topology) -> int:
         error = mistake
     topology.raise_together(error)
     assert prepared is not None
+    topology = prepared["topology"] = prepared["topology"].connected()
     run_dir, state = prepared["run_dir"], prepared["state"]
     is_new = not run_dir.exists()
 
@@ -106,7 +107,7 @@ def pretrain(options: argparse.Namespace, topology: Topology) -> int:
 
     try:
         topology.on_rank_0(begin)
-        return Run(topology=topology, **prepared).train()
+        return Run(**prepared).train()
     except BaseException:
         # A run that made no step leaves no directory in the way of the next try.
         if topology.rank == 0 and is_new and state.step == 0:
@@ -118,6 +119,7 @@ def prepare(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
     """What Run needs; every check that needs no model. Writes nothing."""
     check_deepspeed_version()
     recipe = load_recipe(options.recipe, options.overrides)
+    topology = topology.arranged(recipe.parallel, recipe.model)
     run_dir = options.run_dir or default_run_dir(options, recipe)
     store = CheckpointStore(run_dir / "checkpoints", topology, recipe.training.keep_checkpoints)
     checkpoint = check_run_dir(run_dir, store, resume=options.resume)
@@ -144,6 +146,7 @@ def prepare(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
         state = read_state(checkpoint, recipe, tokenizer, ds_tree, where, topology)
     check_disk(run_dir, store, recipe)
     return {
+        "topology": topology,
         "recipe": recipe,
         "ds_tree": ds_tree,
         "ds_where": where,
@@ -228,18 +231,21 @@ def read_state(
             f"the tokenizer {recipe.data.tokenizer} is not the one of the checkpoint {checkpoint}; "
             "its copy is tokenizer.model in there"
         )
-    for name, found, expected in (
-        ("ZeRO stage", zero_stage(ds_tree), state.zero_stage),
-        ("precision", precision(ds_tree), state.precision),
-        ("micro-batch size", micro_batch_size(ds_tree, recipe, where), state.micro_batch_size),
-    ):
+    layout = {
+        "ZeRO stage": (zero_stage(ds_tree), state.zero_stage),
+        "precision": (precision(ds_tree), state.precision),
+        "optimizer states in the format of": (state_format(ds_tree), state.state_format),
+        "parallel.tensor": (topology.tensor, state.tensor),
+        "parallel.expert": (topology.expert, state.expert),
+    }
+    if state.zero_stage > 0 or state.tensor > 1 or state.expert > 1:
+        layout["number of processes"] = topology.world_size, state.world_size
+    for name, (found, expected) in layout.items():
         if found != expected:
-            raise UserError(f"the checkpoint {checkpoint} has {name} {expected}, this run has {found}")
-    if state.zero_stage > 0 and state.world_size != topology.world_size:
-        raise UserError(
-            f"the checkpoint {checkpoint} was written by {state.world_size} processes with ZeRO stage "
-            f"{state.zero_stage}, found {topology.world_size}; start as many"
-        )
+            raise UserError(
+                f"the checkpoint {checkpoint} has {name} {expected}, this run has {found}; "
+                "move it with python -m tools.convert_checkpoint"
+            )
     return state
 
 

@@ -21,6 +21,13 @@ def two_ranks() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
+def four_ranks() -> Iterator[RankPool]:
+    pool = RankPool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The path of a recipe whose shards and tokenizer lie beside it."""
     return write_tiny(tmp_path_factory.mktemp("tiny"))

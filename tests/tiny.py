@@ -77,7 +77,7 @@ model:
   text_dropout: 0.1
   feed_forward:
     - {{blocks: 0, router: modality}}
-    - {{blocks: 1, router: topk, num_experts: 4, k: 2}}
+    - {{blocks: 1, router: topk, num_experts: 4, k: 2, group_size: 2}}
   decoder: {{depth: 1, width: 16, heads: 2}}
 data:
   tokenizer: {directory}/tokenizer.model

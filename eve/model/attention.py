@@ -14,15 +14,16 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, layers: Layers):
         super().__init__()
         self.head_width = width // heads
-        self.qkv = layers.qkv(width, heads)
+        self.qkv = layers.qkv(width, width)
         self.proj = layers.row_linear(width, width)
+        self.tokens = layers.tokens
 
     def forward(self, x_TD: Tensor, layout: TokenLayout) -> Tensor:
         """(T, D) -> (T, D). Logits and softmax are accumulated in fp32 by the kernels."""
-        qkv = self.qkv(x_TD)
+        qkv = self.qkv(self.tokens.to_columns(x_TD, layout))
         half = qkv.dtype in (torch.float16, torch.bfloat16)
         out = self._varlen(qkv, layout) if qkv.is_cuda and half else self._padded(qkv, layout)
-        return self.proj(out)
+        return self.tokens.from_rows(self.proj(out), layout)
 
     def _varlen(self, qkv_TC: Tensor, layout: TokenLayout) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn  # CUDA builds only

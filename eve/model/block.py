@@ -38,9 +38,9 @@ class Block(nn.Module):
             feed_forward,
             layer=index,
             activation=activation,
-            experts=layers.experts,
+            experts=layers.routed_experts if feed_forward.router == "topk" else layers.experts,
             dispatcher=layers.dispatcher,
-            mean_over_ranks=layers.mean_over_ranks,
+            tokens=layers.tokens,
         )
         if layer_scale is None:
             self.gamma1 = self.gamma2 = None
@@ -51,7 +51,8 @@ class Block(nn.Module):
     def forward(
         self, x_TD: Tensor, layout: TokenLayout, keep_2T: Tensor | None
     ) -> tuple[Tensor, RouterOutput | None]:
-        """`keep_2T` is what DropPath multiplies the two branches of each token by; None keeps all."""
+        """x_TD are the rows `layout.held`; `keep_2T` is what DropPath multiplies the two branches of each by,
+        None keeps all."""
         branch = self.attention(self.norm1(x_TD), layout)
         x_TD = _add(x_TD, branch, self.gamma1, None if keep_2T is None else keep_2T[0])
         branch, routing = self.feed_forward(self.norm2(x_TD, layout), layout)

@@ -57,6 +57,7 @@ class Decoder(nn.Module):
             for index in range(decoder.depth)
         )
         self.norm = Norm(decoder.width, eps=config.norm_eps)
+        self.tokens = layers.tokens
         self.prediction = nn.Linear(decoder.width, 3 * config.patch_size**2)
 
     def forward(self, images_BID: Tensor, visible_BV: Tensor, masked_BM: Tensor) -> Tensor:
@@ -70,8 +71,9 @@ class Decoder(nn.Module):
         x_BIW = torch.cat([seen_BIW, mask_BMW], dim=1) + self.positions[place_BI].to(seen_BIW.dtype)
         length = num_seen + num_masked
         layout = TokenLayout.build([length] * num_samples, [0] * num_samples, x_BIW.device)
-        x_TW = x_BIW.flatten(0, 1)
+        x_TW, layout = self.tokens.split(x_BIW.flatten(0, 1), layout)
         for block in self.blocks:
             x_TW, _ = block(x_TW, layout, None)
+        x_TW = self.tokens.join(x_TW, layout)
         masked_BMW = x_TW.view(num_samples, length, width)[:, num_seen:]
         return self.prediction(self.norm(masked_BMW))

@@ -69,6 +69,7 @@ class Encoder(nn.Module):
             for index in range(config.depth)
         )
         self.norm = Norm(config.width, eps=config.norm_eps)
+        self.tokens = layers.tokens
         # DropPath rises linearly from 0 to drop_path over the depth.
         self.drop_path = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
         self.checkpointing = False
@@ -107,13 +108,14 @@ class Encoder(nn.Module):
         x_TD = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.embedding_norm is not None:
             x_TD = self.embedding_norm(x_TD)
+        x_TD, layout = self.tokens.split(x_TD, layout)
         routing = []
         for index, block in enumerate(self.blocks):
             keep_2T = self._keep(index, layout, seed_B)
             x_TD, output = self._run(block, x_TD, layout, keep_2T)
             if output is not None:
                 routing.append(output)
-        return EncoderOutput(self.norm(x_TD), layout, routing)
+        return EncoderOutput(self.tokens.join(self.norm(x_TD), layout), layout, routing)
 
     def _keep(self, index: int, layout: TokenLayout, seed_B: Tensor | None) -> Tensor | None:
         if seed_B is None or self.drop_path[index] == 0:
@@ -121,7 +123,7 @@ class Encoder(nn.Module):
         branch_21 = torch.arange(2, device=seed_B.device)[:, None]
         # Counters below zero: TextEmbedding uses those from zero on.
         keep_2B = random.keep_scale(seed_B[None], -2 - 2 * index - branch_21, self.drop_path[index])
-        return keep_2B[:, layout.sample_T]
+        return keep_2B[:, layout.held.sample_T]
 
     def _run(self, block: nn.Module, *inputs: Any) -> Any:
         if self.checkpointing and self.training:

@@ -19,4 +19,11 @@ class WordHead(nn.Module):
 
     def forward(self, x_KD: Tensor) -> Tensor:
         """(K, D) -> logits (K, V)."""
-        return self.output(self.norm(F.gelu(self.dense(x_KD))))
+        return self.output(self._hidden(x_KD))
+
+    def cross_entropy(self, x_KD: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
+        """((K,) nats in fp32, (K,) bool: the target is the most likely word)."""
+        return self.output.cross_entropy(self._hidden(x_KD), target_K)  # pyright: ignore
+
+    def _hidden(self, x_KD: Tensor) -> Tensor:
+        return self.norm(F.gelu(self.dense(x_KD)))

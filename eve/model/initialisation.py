@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +42,17 @@ def initial_value(name: str, shape: torch.Size, seed: int, std: float, rescale: 
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, std: float, rescale: bool) -> None:
-    for name, parameter in model.named_parameters():
-        value = initial_value(name, parameter.shape, seed, std, rescale)
+def initialise(
+    parameters: dict[str, nn.Parameter],
+    shapes: dict[str, torch.Size],
+    cut: Callable[[str, Tensor], Tensor],
+    *,
+    seed: int,
+    std: float,
+    rescale: bool,
+) -> None:
+    """Fills parameters by their names. `shapes` are of the whole ones; `cut(name, whole)` is the part held."""
+    for name, parameter in parameters.items():
+        value = initial_value(name, shapes[name], seed, std, rescale)
         if value is not None:
-            parameter.copy_(value)
+            parameter.copy_(cut(name, value))

@@ -1,7 +1,7 @@
 """The constructors a model is handed, and the plain layers of one device.
 
-`Layers()` builds a single-device model. eve/parallel replaces fields by tensor-parallel layers,
-by a bank that is split over ranks, and by reductions over ranks; the model does not know.
+`Layers()` builds a single-device model. eve/parallel replaces fields by layers that hold a part of
+the weights and by what moves rows between their devices; the model does not know.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import Tensor, nn
 from eve.moe.dispatch import Dispatcher, LocalDispatcher
 from eve.moe.experts import ExpertBank
 from eve.packing import TokenLayout
+from eve.tokens import Tokens, WholeTokens
 
 
 class QKVLinear(nn.Module):
     """Fused query, key, value projection with a bias on query and value only (a bias of the keys
     shifts all logits of a query alike and has no effect)."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, out_width: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(3 * width, width))
-        self.q_bias = nn.Parameter(torch.empty(width))
-        self.v_bias = nn.Parameter(torch.empty(width))
-        self.heads = heads
+        self.weight = nn.Parameter(torch.empty(3 * out_width, width))
+        self.q_bias = nn.Parameter(torch.empty(out_width))
+        self.v_bias = nn.Parameter(torch.empty(out_width))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """(T, D) -> (T, 3 D): queries, keys, values, each heads after heads."""
+        """(T, D) -> (T, 3 * out_width): queries, keys, values, each heads after heads."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         return F.linear(x_TD, self.weight, bias)
 
@@ -49,7 +49,7 @@ class ModalityNorm(nn.Module):
 
     def forward(self, x_TD: Tensor, layout: TokenLayout) -> Tensor:
         width = (x_TD.shape[-1],)
-        parts = x_TD.split([layout.num_image, layout.num_text])
+        parts = x_TD.split([layout.held.num_image, layout.held.num_text])
         out = [
             F.layer_norm(part, width, self.weight[m], self.bias[m], self.eps)
             for m, part in enumerate(parts)
@@ -65,25 +65,38 @@ class Norm(nn.LayerNorm):
         return F.layer_norm(x_TD, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-def mean_of_one_rank(x: Tensor) -> Tensor:
-    return x
+class VocabLinear(nn.Linear):
+    """From hidden states to words: logits, or their cross-entropy."""
+
+    def cross_entropy(self, x_KD: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
+        """((K,) nats in fp32, (K,) bool: the target has the largest logit)."""
+        logits_KV = self(x_KD).float()
+        right_K = logits_KV.detach().argmax(-1) == target_K
+        return F.cross_entropy(logits_KV, target_K, reduction="none"), right_K
+
+
+def keep_all(name: str, whole: Tensor) -> Tensor:
+    return whole
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Constructors of the layers that a parallel layout splits.
+    """Constructors of the layers that a parallel layout cuts, called with the sizes of the whole.
 
-    qkv(width, heads); column_linear(in, out) and row_linear(in, out), both with bias;
-    word_embedding(vocab, width); vocab_linear(width, vocab);
-    experts(num_experts, width, hidden, activation). `mean_over_ranks` averages a small tensor over
-    the data-parallel ranks (statistics of the routers).
+    qkv(width, out_width); row_linear(in, out), the projection after attention; word_embedding(vocab, width);
+    vocab_linear(width, vocab); experts(num_experts, width, hidden, activation) for hard routers and
+    routed_experts(...) for learned ones. `tokens` moves rows between devices, `dispatcher` to experts and
+    back. `cut(name, whole)` is the part of a whole parameter that this process holds, `name_of(name)` what
+    the parameter of that name is called on one device.
     """
 
     qkv: Callable[[int, int], nn.Module] = QKVLinear
-    column_linear: Callable[[int, int], nn.Module] = nn.Linear
     row_linear: Callable[[int, int], nn.Module] = nn.Linear
     word_embedding: Callable[[int, int], nn.Module] = nn.Embedding
-    vocab_linear: Callable[[int, int], nn.Module] = nn.Linear
+    vocab_linear: Callable[[int, int], nn.Module] = VocabLinear
     experts: Callable[[int, int, int, str], nn.Module] = ExpertBank
+    routed_experts: Callable[[int, int, int, str], nn.Module] = ExpertBank
     dispatcher: Dispatcher = field(default_factory=LocalDispatcher)
-    mean_over_ranks: Callable[[Tensor], Tensor] = mean_of_one_rank
+    tokens: Tokens = field(default_factory=WholeTokens)
+    cut: Callable[[str, Tensor], Tensor] = keep_all
+    name_of: Callable[[str], str] = str

@@ -50,8 +50,22 @@ def build_model(
     """The model with its initial weights: the same for a seed on any device and layout."""
     layers = layers or Layers()
     model = VisionLanguageModel(config, layers)
-    initialise(model, seed, config.init_std, config.rescale_init)
+    initialise(
+        {layers.name_of(name): parameter for name, parameter in model.named_parameters()},
+        parameter_shapes(config),
+        layers.cut,
+        seed=seed,
+        std=config.init_std,
+        rescale=config.rescale_init,
+    )
     return model.to(device)
+
+
+def parameter_shapes(config: Model) -> dict[str, torch.Size]:
+    """Of the whole model, by name. Allocates nothing."""
+    with torch.device("meta"):
+        model = VisionLanguageModel(config, Layers())
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 @dataclass(frozen=True)

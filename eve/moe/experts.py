@@ -29,7 +29,11 @@ class ExpertBank(nn.Module):
     def forward(self, x_ND: Tensor, offsets_E: Tensor) -> Tensor:
         """(N, D) -> (N, D); rows past the last offset are undefined."""
         h_NF = self.activation(grouped_linear(x_ND, self.w1_EDF, self.b1_EF, offsets_E))
-        return grouped_linear(h_NF, self.w2_EFD, self.b2_ED, offsets_E)
+        return grouped_linear(h_NF, self.w2_EFD, self.output_bias(), offsets_E)
+
+    def output_bias(self) -> Tensor:
+        """What is added to the second product."""
+        return self.b2_ED
 
 
 class _QuickGelu(torch.autograd.Function):

@@ -12,11 +12,14 @@ from eve.moe.dispatch import Dispatcher
 from eve.moe.plan import RouterOutput
 from eve.moe.routers import TopKRouter, modality_plan, shared_plan
 from eve.packing import TokenLayout
+from eve.tokens import Tokens
 
 NUM_EXPERTS_OF_HARD_ROUTERS = {"shared": 1, "modality": 2}
 
 
 class RoutedFeedForward(nn.Module):
+    """`experts(num_experts, width, hidden, activation)` makes the bank."""
+
     def __init__(
         self,
         width: int,
@@ -27,24 +30,25 @@ class RoutedFeedForward(nn.Module):
         activation: str,
         experts: Callable[[int, int, int, str], nn.Module],
         dispatcher: Dispatcher,
-        mean_over_ranks: Callable[[Tensor], Tensor],
+        tokens: Tokens,
     ):
         super().__init__()
         self.config = config
-        self.dispatcher = dispatcher
-        self.router: TopKRouter | None = None
-        if config.router == "topk":
-            self.router = TopKRouter(width, config, layer, mean_over_ranks)
+        self.dispatcher, self.tokens = dispatcher, tokens
+        self.router = TopKRouter(width, config, layer, tokens) if config.router == "topk" else None
         num_experts = NUM_EXPERTS_OF_HARD_ROUTERS.get(config.router, config.num_experts)
         self.experts = experts(num_experts, width, hidden, activation)
 
     def forward(self, x_TD: Tensor, layout: TokenLayout) -> tuple[Tensor, RouterOutput | None]:
+        """The rows `layout.held` -> the same rows."""
         if self.router is None:
             plan = shared_plan(layout) if self.config.router == "shared" else modality_plan(layout)
-            return self.experts(x_TD, plan.offsets_E), None
-        output = self.router(x_TD, layout)
+            y_TD = self.experts(self.tokens.to_columns(x_TD, layout), plan.offsets_E)
+            return self.tokens.from_rows(y_TD, layout), None
+        x_TD, rows = self.tokens.own(x_TD, layout)
+        output = self.router(x_TD, rows, layout)
         if self.config.modality_vector == "dispatch":
-            x_TD = x_TD + F.embedding(layout.modality_T, self.router.modality_vector)  # pyright: ignore
+            x_TD = x_TD + F.embedding(rows.modality_T, self.router.modality_vector)  # pyright: ignore
         x_ND = self.dispatcher.dispatch(x_TD, output.plan)
         y_ND = self.experts(x_ND, output.plan.offsets_E)
-        return self.dispatcher.combine(y_ND, output.plan), output
+        return self.tokens.give_back(self.dispatcher.combine(y_ND, output.plan), layout), output

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from eve.config import Model, Stream
@@ -99,8 +98,7 @@ def text_loss(
     """Sum over masked words of the cross-entropy, and the metrics."""
     target_K = batch.masks[stream]["target_N"]
     row_K, _ = masked_rows(batch, stream)
-    logits_KV = model.word_head(encoded.texts_ND.index_select(0, row_K)).float()
-    total = F.cross_entropy(logits_KV, target_K, reduction="sum")
+    nats_K, right_K = model.word_head.cross_entropy(encoded.texts_ND.index_select(0, row_K), target_K)
+    total = nats_K.sum()
     count = torch.full_like(total, target_K.numel())
-    right = (logits_KV.detach().argmax(-1) == target_K).sum()
-    return total, {"loss": (total.detach(), count.detach()), "accuracy": (right, count.detach())}
+    return total, {"loss": (total.detach(), count.detach()), "accuracy": (right_K.sum(), count.detach())}

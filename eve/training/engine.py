@@ -13,33 +13,54 @@ so DeepSpeed's own division by `gradient_accumulation_steps` is switched off.
 
 from __future__ import annotations
 
-import logging
 import math
-import os
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eve.config import Optimizer
 from eve.data.batch import Batch
-from eve.objectives import ObjectiveOutput, PretrainModule
+from eve.model import VisionLanguageModel
+from eve.objectives import Objective, ObjectiveOutput, PretrainModule
+from eve.parallel.deepspeed import import_deepspeed
+from eve.parallel.sharding import canonical
+from eve.parallel.tensor import partial_gradients, partial_parameters, total_norm
 from eve.parallel.topology import Topology
-from eve.training.ds_config import precision, zero_stage
+from eve.parallel.weights import WeightParts
+from eve.training.ds_config import offloads, precision, zero_stage
 from eve.training.optimizer import build_optimizer
 
-# Beside DeepSpeed's files of a checkpoint: the fp32 weights that do not learn.
+# Beside DeepSpeed's files of a checkpoint: the fp32 weights that do not learn, whole.
 FROZEN = "frozen.pt"
 
 
 class EngineModule(PretrainModule):
-    """DeepSpeed hooks into the backward of tensors it finds in a tuple, and finds none in a dataclass."""
+    """PretrainModule on the ranks of a layout.
+
+    DeepSpeed hooks into the backward of tensors it finds in a tuple, and finds none in a dataclass.
+    """
+
+    def __init__(
+        self, model: VisionLanguageModel, objectives: dict[str, Objective], topology: Topology
+    ) -> None:
+        super().__init__(model, objectives)
+        self.topology = topology
+        self.partial: list[tuple[nn.Module, str]] = []
+        if topology.tensor > 1:
+            self.partial = partial_parameters(model, topology)
 
     def forward(
         self, stream: str, batch: Batch, units: Tensor, aux_weight: float = 1.0
     ) -> tuple[Tensor, ObjectiveOutput]:
-        output = super().forward(stream, batch, units, aux_weight)
+        summed = (
+            partial_gradients(self.partial, self.topology.tensor_group) if self.partial else nullcontext()
+        )
+        with summed:
+            output = super().forward(stream, batch, units, aux_weight)
         return output.loss, output
 
 
@@ -49,27 +70,37 @@ class Engine:
     def __init__(
         self, module: EngineModule, optimizer: Optimizer, config: dict[str, Any], topology: Topology
     ) -> None:
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         topology.join()
         self.zero_stage = zero_stage(config)
         self.module = module
+        self._coalesces = self.zero_stage == 3 or (self.zero_stage == 2 and offloads(config))
         self._coalescing: Any = None
+        self._topology = topology
+        self._parts = WeightParts(module.model.config, topology)
+        self._parts.mark_cut(module.model)
         clips = self.zero_stage == 0
-        weights = module.model.state_dict(keep_vars=True)
-        learning = {name: tensor for name, tensor in weights.items() if tensor.requires_grad}
-        start = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
+        self._parameters = {canonical(name): tensor for name, tensor in module.model.named_parameters()}
+        learning = {name: tensor for name, tensor in self._parameters.items() if tensor.requires_grad}
+        start = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._parameters.items()}
         self._shapes = {name: tensor.shape for name, tensor in start.items()}
         # Mixed precision rounds what does not learn and keeps no fp32 weights of it; stage 3 cuts it up.
         self._frozen = {name: tensor for name, tensor in start.items() if name not in learning}
-        self._rank = topology.rank
         module.to(topology.device)
+        # DeepSpeed takes degrees and groups from it where there is one, and keeps that of the last engine.
+        mpu = topology if topology.tensor > 1 else None
+        deepspeed.utils.groups.mpu = mpu
         self._engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=build_optimizer(module, optimizer, clips=clips),
+            optimizer=build_optimizer(
+                module, optimizer, norm=partial(total_norm, topology=topology) if clips else None
+            ),
             # Stage 0 has no wrapper that clips in one pass: there the optimizer does.
             config={**config, "gradient_clipping": 0.0} if clips else config,
             dist_init_required=False,
+            mpu=mpu,
         )
+        assert self._engine.has_moe_layers == (topology.expert > 1)
         if precision(config) != "fp32":
             # Its fp32 weights were made from the rounded ones.
             for name, parameter in learning.items():
@@ -91,9 +122,10 @@ class Engine:
         return self._engine(stream, batch, units, aux_weight)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        if self.zero_stage == 3 and self._coalescing is None:
+        if self._coalesces and self._coalescing is None:
             # Reducing with each backward, stage 3 adds the gradient of a parameter that the first pass does
-            # not use to that of the step before (0.19.8).
+            # not use to that of the step before (0.19.8). So does stage 2 where it offloads, and it loses
+            # that of a parameter that the last pass does not use.
             self._coalescing = self._engine.coalesce_grad_reduction()
             self._coalescing.__enter__()
         self._engine.set_gradient_accumulation_boundary(last)
@@ -122,38 +154,31 @@ class Engine:
     def save(self, directory: Path, tag: str) -> None:
         """Writes this rank's files below `directory/tag`. All ranks call it."""
         self._engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
-        if self._rank == 0:
-            torch.save(self._frozen, directory / tag / FROZEN)
+        frozen = self._parts.gather(self._frozen)
+        if self._topology.rank == 0:
+            torch.save(frozen, directory / tag / FROZEN)
 
     def load(self, directory: Path, tag: str) -> None:
         self._engine.load_checkpoint(str(directory), tag=tag)
-        self._frozen = torch.load(directory / tag / FROZEN, weights_only=True)
+        frozen = torch.load(directory / tag / FROZEN, weights_only=True)
+        self._frozen = {name: self._parts.held(name, whole) for name, whole in frozen.items()}
 
-    def weights(self) -> dict[str, Tensor]:
-        """The model's weights in fp32 on the CPU, by the model's own names. All ranks call it."""
-        full = _import_deepspeed().utils.safe_get_full_fp32_param
+    def held_weights(self) -> dict[str, Tensor]:
+        """This process's part of the weights, fp32 on the CPU, by the names of one device. All ranks call it."""
+        full = import_deepspeed().utils.safe_get_full_fp32_param
         weights = {}
-        for name, tensor in self.module.model.state_dict(keep_vars=True).items():
+        for name, tensor in self._parameters.items():
             if name in self._frozen:
                 weights[name] = self._frozen[name]
             else:
-                whole = full(tensor) if self.zero_stage > 0 else tensor.detach()
-                weights[name] = whole.to("cpu", torch.float32, copy=True)
+                value = full(tensor) if self.zero_stage > 0 else tensor.detach()
+                weights[name] = value.to("cpu", torch.float32, copy=True)
             assert weights[name].shape == self._shapes[name], name
         return weights
 
+    def weights(self) -> dict[str, Tensor]:
+        """The whole weights in fp32 on the CPU, on rank 0; all ranks call it, the others get an empty one."""
+        return self._parts.gather(self.held_weights())
+
     def close(self) -> None:
         self._engine.destroy()
-
-
-def _import_deepspeed() -> Any:
-    """DeepSpeed takes seconds to import, so no mistake of the user should have to wait for it."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    from deepspeed.ops import __compatible_ops__
-
-    # Only inference uses this kernel, but training on a CPU would compile it (half a minute, a compiler).
-    __compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    return deepspeed

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 import eve
 from eve.config import Model, Recipe, load_recipe
 from eve.data.tokenizer import Tokenizer
 from eve.errors import UserError
-from eve.model import VisionLanguageModel, build_model
+from eve.model import VisionLanguageModel, build_model, parameter_shapes
 from eve.model.layers import Layers
 
 WEIGHTS = "model.safetensors"
@@ -56,7 +56,7 @@ def export_model(
         raise UserError(f"the model cannot be exported to {directory}: {error}") from None
 
 
-def load_exported(directory: str | Path) -> tuple[nn.Module, Recipe, Tokenizer]:
+def load_exported(directory: str | Path) -> tuple[VisionLanguageModel, Recipe, Tokenizer]:
     """(model on the CPU, recipe, tokenizer) of an exported directory. Raises UserError."""
     directory = Path(directory)
     recipe = exported_recipe(directory)
@@ -79,20 +79,23 @@ def exported_recipe(directory: Path, overrides: Sequence[str] = ()) -> Recipe:
     return load_recipe(str(path), list(overrides))
 
 
-def load_weights(model: nn.Module, directory: Path) -> None:
-    """Loads the weights of an exported directory. Raises UserError where they are of another model."""
-    check_shapes(directory, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-    model.load_state_dict(load_file(directory / WEIGHTS))
+@torch.no_grad()
+def load_weights(model: VisionLanguageModel, directory: Path, layers: Layers | None = None) -> None:
+    """Loads the weights of an exported directory, of which `layers` says what this process holds.
+
+    Raises UserError where they are of another model.
+    """
+    layers = layers or Layers()
+    check_weights(directory, model.config)
+    with safe_open(directory / WEIGHTS, framework="pt") as file:
+        for name, parameter in model.named_parameters():
+            name = layers.name_of(name)
+            parameter.copy_(layers.cut(name, file.get_tensor(name)))
 
 
 def check_weights(directory: Path, config: Model) -> None:
     """Raises UserError where the directory does not hold the weights of such a model. Allocates nothing."""
-    with torch.device("meta"):
-        model = VisionLanguageModel(config, Layers())
-    check_shapes(directory, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-
-
-def check_shapes(directory: Path, expected: dict[str, tuple[int, ...]]) -> None:
+    expected = {name: tuple(shape) for name, shape in parameter_shapes(config).items()}
     path = directory / WEIGHTS
     if not path.is_file():
         raise UserError(f"{directory} is not an exported model: it has no {WEIGHTS}")

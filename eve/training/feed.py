@@ -31,8 +31,8 @@ class StepData:
 
     Attributes:
         passes: the forward passes in order.
-        units: of each stream, what its loss is a mean over: the sum over the passes and ranks of the step,
-            over the number of ranks. On the device.
+        units: of each stream, what its loss is a mean over: the sum over the passes and shares of the step,
+            over the number of shares. On the device.
         flags: on the device: (ranks that want to stop, ranks without data).
         states: the position of each source after this step, for this rank's readers.
         seconds: time spent waiting for samples.
@@ -76,8 +76,8 @@ class StepFeed:
                     for stream in stage.streams
                     if stream.source == name
                 },
-                rank=topology.rank,
-                num_ranks=topology.world_size,
+                rank=topology.data_rank,
+                num_ranks=topology.data,
                 num_workers=recipe.training.num_workers,
             )
             if name in states:
@@ -118,9 +118,11 @@ class StepFeed:
         flags = torch.tensor([float(stop), float(self.error is not None)])
         sizes = {stream.name: _num_units(stream) for stream in self.stage.streams}
         parts = [sums.get(name, torch.zeros(size)).reshape(-1) for name, size in sizes.items()]
+        if not self.topology.counts:
+            parts = [torch.zeros_like(part) for part in parts]
         vector = torch.cat([*parts, flags]).to(self.topology.device, non_blocking=True)
         *parts, flags = self.topology.all_reduce_sum(vector).split([*sizes.values(), len(flags)])
-        per_rank = [part / self.topology.world_size for part in parts]
+        per_rank = [part / self.topology.data for part in parts]
         units = {
             name: part if size > 1 else part[0]
             for (name, size), part in zip(sizes.items(), per_rank, strict=True)

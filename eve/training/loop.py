@@ -28,8 +28,9 @@ from eve.data.tokenizer import Tokenizer
 from eve.errors import UserError
 from eve.objectives import ObjectiveOutput
 from eve.parallel.topology import Topology
+from eve.parallel.weights import WeightParts
 from eve.training.checkpoint import CheckpointStore
-from eve.training.ds_config import StepPlan, micro_batch_size, precision, resolve_ds_config, zero_stage
+from eve.training.ds_config import StepPlan, precision, resolve_ds_config, state_format, zero_stage
 from eve.training.engine import Engine
 from eve.training.export import export_model
 from eve.training.feed import StepData, StepFeed
@@ -54,10 +55,13 @@ class TrainState:
     skipped_in_a_row: int = 0
     # Size of metrics.jsonl at this step: a resumed run cuts off what came after.
     metrics_bytes: int = 0
+    # The layout that wrote it.
     world_size: int = 1
+    tensor: int = 1
+    expert: int = 1
     zero_stage: int = 0
     precision: str = "fp32"
-    micro_batch_size: int | None = None
+    state_format: str = "ZeRO"
 
 
 class StopRequest:
@@ -118,7 +122,7 @@ class Run:
                     "there is nothing to export"
                 )
             assert weights is not None
-            self._export(weights)
+            self._export(WeightParts(self.recipe.model, self.topology).gather(weights))
             if self.topology.rank == 0:
                 print(f"finished: {self.run_dir / 'export'}", flush=True)
             return 0
@@ -133,7 +137,10 @@ class Run:
             print(f"stopped at step {self.state.step}, {where}; go on with --resume", flush=True)
 
     def _train_stage(self, index: int, previous: dict[str, Tensor] | None) -> tuple[dict[str, Tensor], bool]:
-        """(weights at its end, whether it came to its end). A checkpoint is saved in either case."""
+        """(this process's part of the weights at its end, whether it came to its end).
+
+        A checkpoint is saved in either case.
+        """
         stage = self.recipe.stages[index]
         first_step = sum(before.steps for before in self.recipe.stages[:index])
         config, plan = resolve_ds_config(
@@ -154,7 +161,7 @@ class Run:
         )
         try:
             finished = self._steps(stage, plan, first_step, engine, feed)
-            weights = engine.weights() if finished else {}
+            weights = engine.held_weights() if finished else {}
         finally:
             feed.close()
         engine.close()
@@ -219,7 +226,7 @@ class Run:
         for (stream, _), output in zip(data.passes, outputs, strict=True):
             self.window.add_output(stream.name, output)
         # Every rank has the same norm, and the window adds over ranks.
-        share = 1 / self.topology.world_size
+        share = 1 / self.topology.data
         self.window.add("norm/sum", norm * share)
         self.window.add("norm/count", share)
 
@@ -231,7 +238,7 @@ class Run:
         mine = [
             (stream.name, [sample.key for sample in batch.samples])
             for (stream, batch), output in zip(data.passes, outputs, strict=True)
-            if not bool(torch.isfinite(output.loss))
+            if self.topology.counts and not bool(torch.isfinite(output.loss))
         ]
         found = [entry for entries in self.topology.gather_objects(mine) for entry in entries]
         what = f"step {state.step} of stage {stage.name} is not finite and was skipped"
@@ -263,7 +270,7 @@ class Run:
 
     def _count_bad_samples(self, data: StepData) -> float:
         """Of all ranks since the first step; where there are more than at the last line, some by name."""
-        mine = [bad_samples(state) for state in data.states.values()]
+        mine = [bad_samples(state) for state in data.states.values() if self.topology.counts]
         number = torch.tensor(float(sum(bad.bad for bad in mine)), device=self.topology.device)
         number = int(self.topology.all_reduce_sum(number))
         if number > self._bad_samples:
@@ -293,14 +300,15 @@ class Run:
         self.monitor.log_images(self.state.step, pictures)
 
     def _save(self, engine: Engine, states: dict[str, Any]) -> None:
-        gathered = self.topology.gather_objects(states)
+        gathered = self.topology.gather_objects(states)[:: self.topology.tensor]
         state = self.state
         # A source that only another stage reads keeps its position.
         state.sources |= {name: merge_states([rank[name] for rank in gathered]) for name in states}
         state.window = self.window.state(self.topology)
         state.world_size = self.topology.world_size
+        state.tensor, state.expert = self.topology.tensor, self.topology.expert
         state.zero_stage, state.precision = zero_stage(self.ds_tree), precision(self.ds_tree)
-        state.micro_batch_size = micro_batch_size(self.ds_tree, self.recipe, self.ds_where)
+        state.state_format = state_format(self.ds_tree)
         metrics = self.run_dir / "metrics.jsonl"
 
         def write_shared(directory: Path) -> None:

@@ -48,14 +48,15 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Rates over all ranks since the last call. All ranks call it."""
-        sums = torch.tensor(self.sums, dtype=torch.float64, device=self.topology.device)
+        sums = self.sums if self.topology.counts else [0.0] * len(self.sums)
+        sums = torch.tensor(sums, dtype=torch.float64, device=self.topology.device)
         samples, tokens, operations, waiting = self.topology.all_reduce_sum(sums).tolist()
         seconds = time.perf_counter() - self.start
         timing = {
             "pairs_per_second": samples / seconds,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds / self.steps,
-            "data_seconds": waiting / self.topology.world_size / self.steps,
+            "data_seconds": waiting / self.topology.data / self.steps,
             "tflops": operations / seconds / 1e12,
             "memory_gib": memory_gib(self.topology.device),
         }

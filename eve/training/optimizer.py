@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from eve.config import Optimizer
 from eve.errors import UserError
+from eve.parallel.sharding import canonical
 
 
 def freeze(module: nn.Module, trainable: Sequence[str]) -> list[str]:
@@ -18,14 +19,14 @@ def freeze(module: nn.Module, trainable: Sequence[str]) -> list[str]:
 
     Raises UserError where a pattern matches no parameter.
     """
-    names = [name for name, _ in module.named_parameters()]
+    names = [canonical(name) for name, _ in module.named_parameters()]
     for pattern in trainable:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(
                 f"stages.trainable has the pattern '{pattern}', which matches no parameter such as {names[0]}"
             )
     learning = []
-    for name, parameter in module.named_parameters():
+    for name, parameter in zip(names, module.parameters(), strict=True):
         parameter.requires_grad = any(fnmatchcase(name, pattern) for pattern in trainable)
         if parameter.requires_grad:
             learning.append(name)
@@ -33,7 +34,7 @@ def freeze(module: nn.Module, trainable: Sequence[str]) -> list[str]:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters that learn, in two groups: with decay and without.
+    """The parameters that learn, in groups: with decay and without; spread experts apart for DeepSpeed.
 
     Norms, biases and gains have one dimension and do not decay, nor do tables of embeddings. What else
     shall not (stacked biases of experts, positions) the model marks: `parameter.no_weight_decay = True`.
@@ -45,19 +46,31 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
         return parameter.ndim > 1 and not marked
 
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in learning if decays(p)], "weight_decay": weight_decay, "name": "decay"},
-        {"params": [p for p in learning if not decays(p)], "weight_decay": 0.0, "name": "no_decay"},
+    experts = [p for p in learning if not getattr(p, "allreduce", True)]
+    dense = [p for p in learning if getattr(p, "allreduce", True)]
+    decay, no_decay = {"weight_decay": weight_decay}, {"weight_decay": 0.0}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in dense if decays(p)], **decay, "name": "decay"},
+        {"params": [p for p in dense if not decays(p)], **no_decay, "name": "no_decay"},
     ]
+    if experts:
+        # DeepSpeed finds the copies of an expert by the name of its group.
+        spread = {"name": experts[0].group_name, "moe": True}  # pyright: ignore
+        groups += [
+            {"params": [p for p in experts if decays(p)], **decay, **spread},
+            {"params": [p for p in experts if not decays(p)], **no_decay, **spread},
+        ]
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(module: nn.Module, config: Optimizer, *, clips: bool) -> torch.optim.AdamW:
-    """`clips`: the optimizer takes care of the gradient's norm itself, for an engine without ZeRO."""
+def build_optimizer(
+    module: nn.Module, config: Optimizer, *, norm: Callable[[list[nn.Parameter]], Tensor] | None
+) -> torch.optim.AdamW:
+    """`norm` of all gradients: the optimizer clips by itself, for an engine without ZeRO."""
     groups = parameter_groups(module, config.weight_decay)
     options: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps, "fused": True}
-    if clips:
-        return ClippingAdamW(groups, clip=config.clip or float("inf"), **options)
+    if norm is not None:
+        return ClippingAdamW(groups, clip=config.clip or float("inf"), norm=norm, **options)
     return torch.optim.AdamW(groups, **options)
 
 
@@ -71,16 +84,22 @@ class ClippingAdamW(torch.optim.AdamW):
 
     grad_scale: Tensor | None = None
 
-    def __init__(self, groups: list[dict[str, Any]], *, clip: float, **options: Any) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        clip: float,
+        norm: Callable[[list[nn.Parameter]], Tensor],
+        **options: Any,
+    ) -> None:
         super().__init__(groups, **options)
-        self.clip = clip
+        self.clip, self.norm = clip, norm
         self.overflow = False
         self._global_grad_norm: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self.norm([parameter for group in self.param_groups for parameter in group["params"]])
         self._global_grad_norm = norm
         self.overflow = not bool(torch.isfinite(norm))
         if not self.overflow:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from eve.config import Recipe, Stage
 from eve.model import build_model
-from eve.model.layers import Layers
 from eve.objectives import build_objective
+from eve.parallel.layers import parallel_layers
 from eve.parallel.topology import Topology
 from eve.training.engine import EngineModule
 from eve.training.export import load_weights
@@ -21,21 +22,24 @@ def build_stage(
 ) -> EngineModule:
     """The model and the objectives of a stage.
 
-    Weights come from, the first that is there: 1. `init_from`, 2. the stage before (`previous`), 3. the seed.
+    Weights come from, the first that is there: 1. `init_from`, 2. the stage before (`previous`, this
+    process's part by the names of one device), 3. the seed.
     """
-    layers = Layers(mean_over_ranks=topology.mean)
+    layers = parallel_layers(recipe.model, topology)
     model = build_model(recipe.model, seed=recipe.seed, layers=layers)
     if stage.init_from is not None:
-        load_weights(model, Path(stage.init_from))
+        load_weights(model, Path(stage.init_from), layers)
     elif previous is not None:
-        model.load_state_dict(previous)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(previous[layers.name_of(name)])
     if recipe.training.activation_checkpointing:
         model.enable_checkpointing()
     freeze(model, stage.trainable)
     if recipe.training.compile:
         model.compile_blocks()
     objectives = {stream.name: build_objective(stream, recipe.model) for stream in stage.streams}
-    return EngineModule(model, objectives)
+    return EngineModule(model, objectives, topology)
 
 
 def stage_at(recipe: Recipe, step: int) -> tuple[int, int]:

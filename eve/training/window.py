@@ -42,27 +42,28 @@ class Window:
             self.add(f"router/{stats.layer}/calls", 1.0)
 
     def fetch(self, topology: Topology) -> dict[str, Tensor]:
-        """The sums over all ranks, on the CPU; starts a new window. All ranks have the same names."""
+        """The sums over data-parallel ranks, on the CPU; starts a new window. All ranks have the same names."""
         names = sorted(self._sums)
         if not names:
             return {}
         flat = torch.cat([self._sums[name].reshape(-1) for name in names])
-        flat = topology.all_reduce_sum(flat).cpu()
+        flat = topology.all_reduce_sum(flat if topology.counts else torch.zeros_like(flat)).cpu()
         parts = flat.split([self._sums[name].numel() for name in names])
         sums = {name: part.reshape(self._sums[name].shape) for name, part in zip(names, parts, strict=True)}
         self._sums = {}
         return sums
 
     def state(self, topology: Topology) -> list[dict[str, Any]]:
-        """What every rank holds, for `load`. All ranks call it."""
-        return topology.gather_objects({name: value.tolist() for name, value in self._sums.items()})
+        """What every data-parallel rank holds, for `load`. All ranks call it."""
+        held = topology.gather_objects({name: value.tolist() for name, value in self._sums.items()})
+        return held[:: topology.tensor]
 
     def load(self, states: list[dict[str, Any]], topology: Topology) -> None:
-        """With as many ranks as before each gets its own again, otherwise rank 0 gets the sum."""
+        """With as many data-parallel ranks as before each gets its own again, otherwise the first gets all."""
         self._sums = {}
-        same = len(states) == topology.world_size
+        same = len(states) == topology.data
         for rank, sums in enumerate(states):
-            mine = rank == topology.rank if same else topology.rank == 0
+            mine = rank == topology.data_rank if same else topology.data_rank == 0
             for name, value in sums.items():
                 tensor = torch.tensor(value, dtype=torch.float64)
                 self.add(name, tensor if mine else torch.zeros_like(tensor))

@@ -12,24 +12,34 @@ from eve.moe.dispatch import LocalDispatcher, ReferenceDispatcher
 from eve.moe.experts import ExpertBank, quick_gelu
 from eve.moe.layer import RoutedFeedForward
 from eve.moe.plan import RoutingPlan
-from eve.moe.routers import plan_rows
+from eve.moe.routers import plan_rows, within_capacity
 from eve.packing import TokenLayout
+from eve.tokens import WholeTokens
 
 
-def slots_by_hand(choices, num_experts, capacity):
-    """GShard: first choices of all tokens in order, then second ones; a full expert refuses."""
+def slots_by_hand(choices, num_experts, groups, capacity):
+    """GShard: first choices of all tokens in order, then second ones; the expert refuses whose slots of the
+    token's group are full. (tokens of each expert, {(token, choice): (expert, place)})."""
     taken = [[] for _ in range(num_experts)]
     kept = {}
     for k in range(len(choices[0]) if choices else 0):
         for t, experts in enumerate(choices):
             e = experts[k]
-            if capacity is None or len(taken[e]) < capacity:
+            of_group = sum(groups[other] == groups[t] for other in taken[e])
+            if capacity is None or of_group < capacity[groups[t]]:
                 kept[t, k] = (e, len(taken[e]))
                 taken[e].append(t)
     return taken, kept
 
 
-@pytest.mark.parametrize("capacity", [None, 1, 3])
+def plan_within(expert_TK, num_experts, group_T, capacity):
+    kept_TK = None
+    if capacity is not None:
+        kept_TK = within_capacity(expert_TK, num_experts, group_T, torch.tensor(capacity))
+    return plan_rows(expert_TK, num_experts, kept_TK)
+
+
+@pytest.mark.parametrize("capacity", [None, (1, 1, 1), (3, 1, 2)])
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "k", "skew"),
     [(0, 3, 2, None), (1, 1, 1, None), (17, 5, 2, None), (17, 4, 4, None), (9, 4, 1, 2), (33, 64, 2, None)],
@@ -39,8 +49,9 @@ def test_rows_of_the_plan(num_tokens, num_experts, k, skew, capacity):
     if skew is not None:
         scores[:, skew] += 2  # all tokens to one expert
     expert_TK = scores.topk(k, dim=-1).indices
-    plan = plan_rows(expert_TK, num_experts, capacity)
-    taken, kept = slots_by_hand(expert_TK.tolist(), num_experts, capacity)
+    group_T = torch.arange(num_tokens) * 7 % 3  # interleaved, as image and text tokens of a sample are
+    plan = plan_within(expert_TK, num_experts, group_T, capacity)
+    taken, kept = slots_by_hand(expert_TK.tolist(), num_experts, group_T.tolist(), capacity)
     ends = plan.offsets_E.tolist()
     starts = [0, *ends[:-1]]
     assert plan.row_token_N.shape == (num_tokens * k,)
@@ -53,11 +64,11 @@ def test_rows_of_the_plan(num_tokens, num_experts, k, skew, capacity):
             assert row == (-1 if expected is None else starts[expected[0]] + expected[1])
 
 
-@pytest.mark.parametrize("capacity", [None, 2])
+@pytest.mark.parametrize("capacity", [None, (2,)])
 def test_local_dispatcher_equals_reference_with_gradients(capacity):
     generator = torch.Generator().manual_seed(1)
     expert_TK = torch.rand(13, 4, generator=generator).topk(2).indices
-    plan = plan_rows(expert_TK, 4, capacity)
+    plan = plan_within(expert_TK, 4, torch.zeros(13, dtype=torch.int64), capacity)
     results = []
     for dispatcher in (ReferenceDispatcher(), LocalDispatcher()):
         generator.manual_seed(2)
@@ -76,7 +87,8 @@ def test_local_dispatcher_equals_reference_with_gradients(capacity):
 
 
 def test_rows_that_no_expert_computed_do_not_leak():
-    plan = plan_rows(torch.zeros(4, 1, dtype=torch.int64), 2, capacity=1)
+    first, nobody = torch.zeros(4, dtype=torch.int64), torch.zeros(4, 1, dtype=torch.int64)
+    plan = plan_within(nobody, 2, first, (1,))
     plan = RoutingPlan(plan.offsets_E, plan.row_token_N, plan.token_row_TK, torch.ones(4, 1))
     y = torch.full((4, 3), float("nan"))
     y[0] = 1.0
@@ -129,7 +141,7 @@ def layer(dispatcher=None, **settings):
         activation="gelu",
         experts=ExpertBank,
         dispatcher=dispatcher or LocalDispatcher(),
-        mean_over_ranks=lambda x: x,
+        tokens=WholeTokens(),
     )
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -146,10 +158,14 @@ def layer_by_hand(feed_forward, x, layout):
     probabilities = torch.softmax(seen @ router.weight.t(), dim=-1)
     best = probabilities.topk(config.k, dim=-1)
     factor = config.capacity_factor
+    groups = [int(sample) // config.group_size for sample in layout.sample_T]
     capacity = None
     if factor:
-        capacity = max(config.min_capacity, math.ceil(factor * config.k * len(x) / config.num_experts))
-    _, kept = slots_by_hand(best.indices.tolist(), config.num_experts, capacity)
+        capacity = [
+            max(config.min_capacity, math.ceil(factor * config.k * groups.count(g) / config.num_experts))
+            for g in range(max(groups) + 1)
+        ]
+    _, kept = slots_by_hand(best.indices.tolist(), config.num_experts, groups, capacity)
     out, dropped = [], 0
     for t in range(len(x)):
         weights = [best.values[t, k].item() * ((t, k) in kept) for k in range(config.k)]
@@ -169,7 +185,10 @@ def layer_by_hand(feed_forward, x, layout):
 @pytest.mark.parametrize("capacity_factor", [0.0, 0.5])
 @pytest.mark.parametrize(("k", "renormalise"), [(1, False), (2, True)])
 @pytest.mark.parametrize("dispatcher", [LocalDispatcher(), ReferenceDispatcher()])
-def test_routed_layer_equals_token_by_token(modality_vector, capacity_factor, k, renormalise, dispatcher):
+@pytest.mark.parametrize("group_size", [1, 2, 8])
+def test_routed_layer_equals_token_by_token(
+    modality_vector, capacity_factor, k, renormalise, dispatcher, group_size
+):
     feed_forward = layer(
         dispatcher,
         num_experts=3,
@@ -179,6 +198,7 @@ def test_routed_layer_equals_token_by_token(modality_vector, capacity_factor, k,
         renormalise=renormalise,
         min_capacity=2,
         z_loss_weight=0.1,
+        group_size=group_size,
     )
     layout = TokenLayout.build([4, 4], [3, 6])
     x = torch.randn(17, 8, generator=torch.Generator().manual_seed(6))
@@ -187,42 +207,65 @@ def test_routed_layer_equals_token_by_token(modality_vector, capacity_factor, k,
     torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-5)
     assert int(output.stats.dropped_M.sum()) == dropped
     assert (dropped > 0) == (capacity_factor > 0)
-    fractions = torch.bincount(indices[:, 0], minlength=3) / 17
-    balance = 3 * (fractions * probabilities.mean(0)).sum()
+    balances, z_losses = [], []
+    for group in (layout.sample_T // group_size).unique():
+        mine = layout.sample_T // group_size == group
+        fractions = torch.bincount(indices[mine, 0], minlength=3) / mine.sum()
+        balances.append(3 * (fractions * probabilities[mine].mean(0)).sum())
+        logits = feed_forward.router._logits(x, layout.held)[mine]
+        z_losses.append(logits.exp().sum(-1).log().square().mean())
+    balance, z_loss = torch.stack(balances).mean(), torch.stack(z_losses).mean()
+    torch.testing.assert_close(output.stats.z_loss, z_loss)
     torch.testing.assert_close(output.stats.load_balance, balance)
     for m in (0, 1):
         counts = torch.bincount(indices[layout.modality_T == m].flatten(), minlength=3)
         assert output.stats.counts_ME[m].tolist() == counts.tolist()
     entropy = -(probabilities * probabilities.log()).sum()
     torch.testing.assert_close(output.stats.entropy, entropy, atol=1e-4, rtol=1e-5)
-    expected_aux = 0.001 * balance + 0.1 * output.stats.z_loss
+    expected_aux = 0.001 * balance + 0.1 * z_loss
     torch.testing.assert_close(output.aux_loss, expected_aux)
 
 
-def test_load_balance_over_ranks_equals_one_rank():
-    """Each rank holds half of the tokens and sees the mean counts: the mean of their losses, and of
-    their gradients, is that of one rank with all."""
-    feed_forward = layer(num_experts=4, k=2)
-    x = torch.randn(20, 8, generator=torch.Generator().manual_seed(7))
-    whole = feed_forward(x, TokenLayout.build([20], [0]))[1].stats.load_balance
-    counts = []
-    feed_forward.router.mean_over_ranks = lambda c: counts.append(c) or c
-    for half in x.split(10):
-        feed_forward(half, TokenLayout.build([10], [0]))
-    mean = torch.stack(counts).mean(0)
-    feed_forward.router.mean_over_ranks = lambda c: mean
-    halves = [feed_forward(half, TokenLayout.build([10], [0]))[1].stats.load_balance for half in x.split(10)]
-    torch.testing.assert_close(torch.stack(halves).mean(), whole)
+@pytest.mark.parametrize("capacity_factor", [0.0, 0.7])
+def test_a_batch_may_be_cut_between_groups(capacity_factor):
+    """Outputs, and the means of losses and of their gradients, are those of the whole batch."""
+    settings = {
+        "num_experts": 4,
+        "k": 2,
+        "group_size": 2,
+        "capacity_factor": capacity_factor,
+        "min_capacity": 1,
+    }
+    feed_forward = layer(**settings)
+    image, text = [5, 3, 0, 4, 6, 2], [2, 4, 7, 1, 0, 5]
+    x = torch.randn(39, 8, generator=torch.Generator().manual_seed(7))
+    whole = TokenLayout.build(image, text)
+
+    def run(samples):
+        rows = torch.cat([torch.where(whole.sample_T == s)[0] for s in samples])
+        rows = rows[torch.argsort(whole.modality_T[rows], stable=True)]
+        layout = TokenLayout.build([image[s] for s in samples], [text[s] for s in samples])
+        feed_forward.zero_grad()
+        y, output = feed_forward(x[rows], layout)
+        output.aux_loss.backward()
+        return (
+            dict(zip(rows.tolist(), y.detach(), strict=True)),
+            output,
+            feed_forward.router.weight.grad.clone(),
+        )
+
+    y, output, gradient = run(range(6))
+    parts = [run(samples) for samples in ([0, 1], [2, 3], [4, 5])]
+    for row, value in {row: value for part in parts for row, value in part[0].items()}.items():
+        torch.testing.assert_close(value, y[row], atol=1e-5, rtol=1e-5)
+    balances = torch.stack([part[1].stats.load_balance for part in parts])
+    torch.testing.assert_close(balances.mean(), output.stats.load_balance)
+    torch.testing.assert_close(torch.stack([part[2] for part in parts]).mean(0), gradient)
+    assert sum(part[1].stats.dropped_M for part in parts).tolist() == output.stats.dropped_M.tolist()
+    assert bool(output.stats.dropped_M.sum()) == (capacity_factor > 0)
 
 
 def test_load_balance_is_one_where_balanced_and_e_where_collapsed():
-    even = torch.full((4,), 5.0)
-    assert losses.load_balance(even, even, even.sum()) == pytest.approx(1.0)
-    one = torch.tensor([20.0, 0, 0, 0])
-    assert losses.load_balance(one, one, one.sum()) == pytest.approx(4.0)
-
-
-def test_z_loss_against_its_formula():
-    logits = torch.randn(6, 3)
-    expected = sum(math.log(sum(math.exp(z) for z in row)) ** 2 for row in logits.tolist()) / 6
-    assert losses.z_loss(logits, torch.tensor(6.0)).item() == pytest.approx(expected, rel=1e-5)
+    even, one = [5.0] * 4, [20.0, 0, 0, 0]
+    first_GE = torch.tensor([even, one])
+    assert losses.load_balance(first_GE, first_GE, torch.tensor([20.0, 20.0])).tolist() == [1.0, 4.0]

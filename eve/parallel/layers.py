@@ -1,0 +1,39 @@
+"""The layers of one process of a parallel layout: what eve.model is handed."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from eve.config import Model
+from eve.model.layers import Layers, QKVLinear
+from eve.parallel.sharding import canonical
+from eve.parallel.tensor import (
+    HiddenParallelBank,
+    RowLinear,
+    TensorTokens,
+    VocabParallelEmbedding,
+    VocabParallelLinear,
+)
+from eve.parallel.topology import Topology
+from eve.parallel.weights import WeightParts
+
+
+def parallel_layers(config: Model, topology: Topology) -> Layers:
+    """Constructors for this process's part of the model."""
+    fields: dict[str, Any] = {"cut": WeightParts(config, topology).held, "name_of": canonical}
+    if topology.tensor > 1:
+        fields |= {
+            "qkv": lambda width, out_width: QKVLinear(width, out_width // topology.tensor),
+            "row_linear": partial(RowLinear, topology=topology),
+            "word_embedding": partial(VocabParallelEmbedding, topology=topology),
+            "vocab_linear": partial(VocabParallelLinear, topology=topology),
+            "experts": partial(HiddenParallelBank, topology=topology),
+            "tokens": TensorTokens(topology),
+        }
+    if topology.expert > 1:
+        # Imports DeepSpeed.
+        from eve.parallel.experts import ExpertParallelBank
+
+        fields["routed_experts"] = partial(ExpertParallelBank, topology=topology)
+    return Layers(**fields)

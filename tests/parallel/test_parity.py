@@ -1,0 +1,90 @@
+"""Every layout makes the steps of one plain process: twenty of them, in fp32, on the same batches.
+
+`python -m tests.parallel.test_parity` prints the differences as a table.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.rank_pool import RankPool
+from tests.steps import DENSE, OVERRIDES, Steps, engine_steps, plain_steps
+from tests.tiny import tiny_recipe
+
+STEPS, LEARNING_RATE = 20, 2e-3
+HEADS = ("model.heads=4", "model.decoder.heads=4")
+ROUTED, HARD = (*OVERRIDES, *HEADS), (*DENSE, *HEADS)
+CAPACITY = ("model.feed_forward.1.capacity_factor=0.7", "model.feed_forward.1.z_loss_weight=0.01")
+PAIR = ("stages.0.streams=[{name: pair, source: pairs, objective: masked_pair}]",)
+
+
+def degrees(tensor: int = 1, expert: int = 1, sequence: bool = True) -> tuple[str, ...]:
+    return (f"parallel.tensor={tensor}", f"parallel.expert={expert}", f"parallel.sequence={sequence}")
+
+
+CHECKPOINTING = ("training.activation_checkpointing=true",)
+
+
+def accumulate(micro_batch: int) -> tuple[str, ...]:
+    return (f"training.micro_batch_size={micro_batch}",)
+
+
+# name: (ranks, DeepSpeed config, model, what else)
+LAYOUTS: dict[str, tuple[int, str, tuple[str, ...], tuple[str, ...]]] = {
+    "data 2": (2, "zero0_fp32", ROUTED, ()),
+    "data 4": (4, "zero0_fp32", ROUTED, ()),
+    "data 4, ZeRO 1": (4, "zero1_fp32", ROUTED, ()),
+    "data 4, ZeRO 2": (4, "zero2_fp32", ROUTED, ()),
+    "data 4, ZeRO 3, dense": (4, "zero3_fp32", HARD, ()),
+    "data 2, 1 x 8 samples": (2, "zero1_fp32", ROUTED, accumulate(8)),
+    "data 2, 4 x 2 samples": (2, "zero1_fp32", ROUTED, accumulate(2)),
+    "data 4, checkpointing": (4, "zero1_fp32", ROUTED, CHECKPOINTING),
+    "tensor 2": (2, "zero0_fp32", ROUTED, degrees(2, sequence=False)),
+    "tensor 2, sequence": (2, "zero0_fp32", ROUTED, degrees(2)),
+    "tensor 2, sequence, dense": (2, "zero1_fp32", HARD, degrees(2)),
+    "tensor 4": (4, "zero0_fp32", ROUTED, degrees(4, sequence=False)),
+    "tensor 4, sequence": (4, "zero0_fp32", ROUTED, degrees(4)),
+    "tensor 2, data 2, ZeRO 2": (4, "zero2_fp32", ROUTED, degrees(2)),
+    "expert 2": (2, "zero0_fp32", ROUTED, degrees(expert=2)),
+    "expert 2, ZeRO 1": (2, "zero1_fp32", ROUTED, degrees(expert=2)),
+    "expert 2, data 4, ZeRO 2": (4, "zero2_fp32", ROUTED, degrees(expert=2)),
+    "expert 4": (4, "zero0_fp32", ROUTED, degrees(expert=4)),
+    "expert 4, ZeRO 1": (4, "zero1_fp32", ROUTED, degrees(expert=4)),
+    "expert 4, ZeRO 2, 2 x 2 samples": (4, "zero2_fp32", ROUTED, (*degrees(expert=4), *accumulate(2))),
+    "expert 4, capacity": (4, "zero1_fp32", (*ROUTED, *CAPACITY), degrees(expert=4)),
+    "tensor 2 x expert 2": (4, "zero0_fp32", ROUTED, degrees(2, 2, sequence=False)),
+    "tensor 2 x expert 2, sequence": (4, "zero0_fp32", ROUTED, degrees(2, 2)),
+    "tensor 2 x expert 2, sequence, ZeRO 1": (4, "zero1_fp32", ROUTED, degrees(2, 2)),
+    "tensor 2 x expert 4, sequence, ZeRO 2, checkpointing": (
+        4,
+        "zero2_fp32",
+        ROUTED,
+        (*degrees(2, 4), *CHECKPOINTING),
+    ),
+    "tensor 2 x expert 2, sequence, capacity": (4, "zero1_fp32", (*ROUTED, *CAPACITY), degrees(2, 2)),
+    "tensor 4 x expert 4, one masked pair": (4, "zero1_fp32", (*ROUTED, *PAIR), degrees(4, 4)),
+}
+
+_plain: dict[tuple[str, ...], Steps] = {}
+
+
+def difference(name: str, tiny: Path, pool: RankPool) -> tuple[float, float, float]:
+    """Largest relative difference of (losses, norms, parameters) from plain PyTorch on one process."""
+    _, config, model, more = LAYOUTS[name]
+    if model not in _plain:
+        _plain[model] = plain_steps(tiny_recipe(tiny, *model), STEPS, LEARNING_RATE)
+    steps = pool.run(engine_steps, tiny, (*model, *more), f"{config}.json", STEPS, LEARNING_RATE)
+    return steps[0].difference(_plain[model])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_makes_the_steps_of_one_process(
+    name: str, tiny: Path, two_ranks: RankPool, four_ranks: RankPool
+) -> None:
+    pool = {2: two_ranks, 4: four_ranks}[LAYOUTS[name][0]]
+    losses, norms, parameters = difference(name, tiny, pool)
+    assert losses < 1e-5
+    assert norms < 1e-5
+    assert parameters < 1e-5
