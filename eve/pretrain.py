@@ -22,6 +22,7 @@ import re
 import shutil
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,8 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def program() -> None:
     """`main` as the whole of a process."""
+    # DeepSpeed calls them in every step, and each line would hide what a process says when it dies.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     read_environment()
     watchdog = Watchdog.start()
     try:
