@@ -1,0 +1,88 @@
+"""Runs of the tiny recipe in many layouts, and what of their checkpoints can be compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eve import pretrain
+from eve.conversion.layout import Layout
+from tests.rank_pool import RankPool
+
+# ZeRO stage 3 is for recipes without a learned router.
+DENSE = ("model.feed_forward.1.router=modality", "model.feed_forward.1.num_experts=2")
+
+
+def train(pool: RankPool, recipe: Path, run_dir: Path, layout: Layout, *more: str) -> None:
+    """A run, or with "--resume" what is left of one."""
+    argv = [
+        *("--recipe", str(recipe), "--run_dir", str(run_dir)),
+        *("--deepspeed_config", f"ds_configs/zero{layout.zero_stage}_{layout.precision}.json"),
+        f"parallel.tensor={layout.tensor}",
+        f"parallel.expert={layout.expert}",
+        *more,
+    ]
+    assert pool.run(pretrain_as_first, argv) == [0] * pool.num_ranks
+
+
+def pretrain_as_first(argv: list[str]) -> int:
+    """DeepSpeed keeps the expert groups of a process's runs and takes the largest for the names of files."""
+    from deepspeed.utils import groups
+
+    for known in (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP):
+        known.clear()
+    return pretrain.main(argv)
+
+
+def options(layout: Layout) -> list[str]:
+    """The command line's words for a layout."""
+    words = ["--world-size", layout.world_size, "--tensor", layout.tensor, "--expert", layout.expert]
+    words += ["--zero-stage", layout.zero_stage, "--precision", layout.precision]
+    return [str(word) for word in words]
+
+
+def last_step(run_dir: Path) -> Path:
+    return max((run_dir / "checkpoints").glob("step-*"))
+
+
+def engine_tensors(step: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of every file of the engine, by file and place in it."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted((step / "engine").iterdir()):
+        for place, tensor in tensors(torch.load(path, map_location="cpu", weights_only=False)):
+            found[f"{path.name}{place}"] = tensor
+    return found
+
+
+def tensors(tree: Any, place: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(tree, torch.Tensor):
+        yield place, tree
+    elif isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from tensors(value, f"{place}/{key}")
+    elif isinstance(tree, list):
+        for number, value in enumerate(tree):
+            yield from tensors(value, f"{place}/{number}")
+
+
+def assert_same_files(ours: Path, engines: Path) -> None:
+    """Both have the same tensors, bit for bit, at the same places of the same files."""
+    found, expected = engine_tensors(ours), engine_tensors(engines)
+    # With experts, stage 0 puts moments into the files of the model and of the experts; the latter are read.
+    copies = {name for name in expected if "/optimizer/" in name and name not in found}
+    assert all("model_states" in name for name in copies)
+    assert found.keys() == expected.keys() - copies
+    for name, tensor in found.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name
+
+
+def losses(run_dir: Path, after: int) -> dict[str, list[float]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    names = ("loss/masked_image", "loss/masked_text", "grad_norm")
+    late = [line for line in lines if line["step"] > after]
+    return {name: [line[name] for line in late if name in line] for name in names}

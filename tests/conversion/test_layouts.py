@@ -1,0 +1,136 @@
+"""Files of real engines are read and written bit for bit, in every layout, and training goes on from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eve.conversion.layout import Layout
+from tests.conversion.runs import (
+    DENSE,
+    assert_same_files,
+    last_step,
+    losses,
+    options,
+    train,
+)
+from tests.rank_pool import RankPool
+from tools.convert_checkpoint import main
+
+TENSOR_2_EXPERT_2 = Layout(4, tensor=2, expert=2, zero_stage=1)
+EXPERT_4 = Layout(4, expert=4, zero_stage=2)
+ONE = Layout(1)
+
+LONG = ("training.keep_checkpoints=3",)
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[RankPool]:
+    pool = RankPool(1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny: Path, four_ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 steps with checkpoints at 4, 8 and 12."""
+    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    train(four_ranks, tiny, run_dir, TENSOR_2_EXPERT_2, *LONG)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def moved(tiny: Path, four_ranks: RankPool, unbroken: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """From step 4 of the unbroken run on in another layout."""
+    run_dir = tmp_path_factory.mktemp("moved") / "run"
+    assert main([str(unbroken / "checkpoints" / "step-00000004"), str(run_dir), *options(EXPERT_4)]) == 0
+    train(four_ranks, tiny, run_dir, EXPERT_4, *LONG, "--resume")
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def moved_again(
+    tiny: Path, one_rank: RankPool, moved: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """From step 8 of the moved run on in one process."""
+    run_dir = tmp_path_factory.mktemp("again") / "run"
+    assert main([str(moved / "checkpoints" / "step-00000008"), str(run_dir), *options(ONE)]) == 0
+    train(one_rank, tiny, run_dir, ONE, *LONG, "--resume")
+    return run_dir
+
+
+def test_a_run_that_moves_twice_is_the_unbroken_one(unbroken: Path, moved: Path, moved_again: Path) -> None:
+    for run_dir in (moved, moved_again):
+        expected = losses(unbroken, after=0)
+        for name, values in losses(run_dir, after=0).items():
+            assert len(values) == 6
+            np.testing.assert_allclose(values, expected[name], rtol=1e-4 if name == "grad_norm" else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("unbroken", TENSOR_2_EXPERT_2), ("moved", EXPERT_4), ("moved_again", ONE)]
+)
+def test_files_of_an_engine_are_written_as_it_wrote_them(
+    name: str, layout: Layout, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Out of the layout and back, and through it into all others."""
+    run_dir: Path = request.getfixturevalue(name)
+    assert main([str(run_dir), str(tmp_path / "open"), "--training-state", "--verify"]) == 0
+    exported = run_dir / "export" / "model.safetensors"
+    assert (tmp_path / "open" / "model.safetensors").read_bytes() == exported.read_bytes()
+    source = tmp_path / "open"
+    for number, other in enumerate([TENSOR_2_EXPERT_2, Layout(6, expert=2, zero_stage=2), layout]):
+        target = tmp_path / str(number)
+        assert main([str(source), str(target), *options(other), "--verify"]) == 0
+        source = target
+    assert_same_files(last_step(source), last_step(run_dir))
+
+
+OTHERS = {
+    "experts without ZeRO": (Layout(4, tensor=2, expert=2), ()),
+    "bf16 of BF16_Optimizer": (Layout(2, tensor=2, zero_stage=1, precision="bf16"), ()),
+    "bf16 with experts": (Layout(4, expert=2, zero_stage=2, precision="bf16"), ()),
+    "ZeRO 3": (Layout(2, zero_stage=3), DENSE),
+    "ZeRO 3 with weights that do not learn": (
+        Layout(2, zero_stage=3, precision="bf16"),
+        (*DENSE, "stages.0.trainable=['encoder.*', 'word_head.*']"),
+    ),
+    "ZeRO 2 with parts of experts that do not learn": (
+        Layout(2, expert=2, zero_stage=2),
+        ("stages.0.trainable=['decoder.*', '*router*', '*attention*', '*w1_EDF']",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_layouts_out_and_back(
+    name: str, tiny: Path, two_ranks: RankPool, four_ranks: RankPool, tmp_path: Path
+) -> None:
+    layout, more = OTHERS[name]
+    pool = {2: two_ranks, 4: four_ranks}[layout.world_size]
+    run_dir = tmp_path / "run"
+    train(pool, tiny, run_dir, layout, "stages.0.steps=2", *more)
+    assert main([str(run_dir), str(tmp_path / "open"), "--training-state", "--verify"]) == 0
+    exported = run_dir / "export" / "model.safetensors"
+    assert (tmp_path / "open" / "model.safetensors").read_bytes() == exported.read_bytes()
+    between, back = tmp_path / "between", tmp_path / "back"
+    assert main([str(tmp_path / "open"), str(between), *options(Layout(3, zero_stage=1)), "--verify"]) == 0
+    assert main([str(between), str(back), *options(layout), "--verify"]) == 0
+    assert_same_files(last_step(back), last_step(run_dir))
+
+
+@pytest.mark.parametrize("layout", [Layout(2, zero_stage=3), Layout(2, tensor=2, zero_stage=2)])
+def test_engines_hold_what_was_written(
+    layout: Layout, tiny: Path, one_rank: RankPool, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    """A finished run that is resumed exports what its engine has loaded."""
+    run_dir, moved = tmp_path / "run", tmp_path / "moved"
+    finished = ("stages.0.steps=2", *DENSE)
+    train(one_rank, tiny, run_dir, ONE, *finished)
+    assert main([str(run_dir), str(moved), *options(layout)]) == 0
+    train(two_ranks, tiny, moved, layout, *finished, "--resume")
+    weights = Path("export", "model.safetensors")
+    assert (moved / weights).read_bytes() == (run_dir / weights).read_bytes()

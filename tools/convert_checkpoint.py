@@ -1,0 +1,154 @@
+"""Moves a checkpoint to another layout, or out of all layouts, on a CPU and one tensor at a time.
+
+    python -m tools.convert_checkpoint SOURCE TARGET [options]
+
+SOURCE is a run (its last checkpoint), one of its RUN/checkpoints/step-N, or a topology-free directory.
+TARGET must not exist. It becomes
+
+    a topology-free directory, as `export` of a run          without --world-size
+    a run, or a RUN/checkpoints/step-N, to go on with        with --world-size
+        --resume on that many processes
+
+    python -m tools.convert_checkpoint runs/eve_base released                       weights only
+    python -m tools.convert_checkpoint runs/eve_base moved --training-state         all that training needs
+    python -m tools.convert_checkpoint moved runs/wide --world-size 32 --tensor 2 --expert 8 --zero-stage 2
+    python -m tools.convert_checkpoint runs/eve_base runs/wide --world-size 32      from layout to layout
+    python -m tools.convert_checkpoint runs/eve_base moved --verify                 both are there: compare
+
+Weights are those of the optimizer in fp32, not their rounded copies. Exit code 1: --verify found a
+difference; 2: a mistake in the call, or a source that is not whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from eve.conversion.checkpoint import Checkpoint
+from eve.conversion.layout import Layout
+from eve.conversion.sources import FORMATS, open_source
+from eve.conversion.targets import convert_to_deepspeed, convert_to_open
+from eve.conversion.verification import differences
+from eve.errors import UserError
+from tools.progress import Progress
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        source = open_source(options.source, options.format)
+        exists = options.target.exists()
+        if not (exists and options.verify):
+            _convert(source, options)
+        if options.verify:
+            return _verify(source, options)
+    except UserError as error:
+        print(f"convert_checkpoint: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _convert(source: Checkpoint, options: argparse.Namespace) -> None:
+    layout = _layout(options)
+    if layout is not None:
+        convert_to_deepspeed(source, options.target, layout, progress=_progress(source, True))
+        print(f"{options.target}: step {source.step} for {layout.describe()}")
+        return
+    convert_to_open(
+        source,
+        options.target,
+        training_state=options.training_state,
+        progress=_progress(source, options.training_state),
+    )
+    print(f"{options.target}: step {source.step}, {len(source.parameters)} parameters")
+
+
+def _verify(source: Checkpoint, options: argparse.Namespace) -> int:
+    result = open_source(options.target)
+    both = source.run is not None and result.run is not None
+    found = differences(source, result, training_state=both, progress=_progress(source, both))
+    for line in found:
+        print(line)
+    what = "weights, moments and counts of updates" if both else "weights"
+    if not found:
+        print(f"the {what} of {len(source.parameters)} parameters are the same, bit for bit")
+    return 1 if found else 0
+
+
+def _layout(options: argparse.Namespace) -> Layout | None:
+    degrees = {
+        "tensor": options.tensor,
+        "expert": options.expert,
+        "zero_stage": options.zero_stage,
+        "precision": options.precision,
+    }
+    given = {name: value for name, value in degrees.items() if value is not None}
+    if options.world_size is None:
+        if given:
+            raise UserError(
+                f"--{next(iter(given)).replace('_', '-')} is for a layout; give its --world-size too"
+            )
+        return None
+    layout = Layout(options.world_size, **given)
+    if (layout.zero_stage, layout.precision, options.offload) == (1, "bf16", False):
+        # ds_configs/zero1_bf16.json adds gradients up in fp32, for which DeepSpeed has an optimizer apart.
+        return replace(layout, state_format="BF16_Optimizer")
+    return layout
+
+
+def _progress(source: Checkpoint, training_state: bool) -> Callable[[], None]:
+    learning = sum(parameter.learns for parameter in source.parameters)
+    total = len(source.parameters) + 2 * learning * training_state
+    show, done = Progress("tensors"), 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        show(done, total)
+
+    return step
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.convert_checkpoint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument(
+        "--from",
+        dest="format",
+        choices=sorted(FORMATS),
+        help="the format of SOURCE; default: what it looks like",
+    )
+    parser.add_argument(
+        "--training-state",
+        action="store_true",
+        help="topology-free: moments of AdamW, counts of updates, data cursors and counters too",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read SOURCE and TARGET again and compare checksums, numbers of elements and of experts; "
+        "where TARGET is there already, do only this",
+    )
+    layout = parser.add_argument_group("the layout of TARGET")
+    layout.add_argument("--world-size", type=int, metavar="N", help="processes")
+    layout.add_argument("--tensor", type=int, metavar="N", help="parallel.tensor; default 1")
+    layout.add_argument("--expert", type=int, metavar="N", help="parallel.expert; default 1")
+    layout.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), help="default 0")
+    layout.add_argument("--precision", choices=("fp32", "bf16"), help="default fp32")
+    layout.add_argument("--offload", action="store_true", help="for a ds_configs/*_offload.json")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
