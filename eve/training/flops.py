@@ -2,8 +2,8 @@
 
 Counted: all matrix products (a multiply and an add are two operations). Per token only the experts
 it goes to, per sample only its own tokens: what a padded or dense implementation would waste is not
-credited. Not counted: norms, activations, softmax, embeddings, the optimizer. Backward is twice
-forward, as usual (PaLM, appendix B), although pixels need no gradient.
+credited. Not counted: norms, activations, softmax, embeddings, sums of the routers over groups, the
+optimizer. Backward is twice forward, as usual (PaLM, appendix B), although pixels need no gradient.
 
 `model` operations are what the mathematics needs, and MFU is taken of them; `hardware` adds the second
 forward pass of the blocks under activation checkpointing.

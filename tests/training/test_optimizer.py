@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,12 @@ from torch import nn
 
 from eve.config import Optimizer
 from eve.errors import UserError
+from eve.parallel.tensor import total_norm
+from eve.parallel.topology import Topology
 from eve.training.optimizer import ClippingAdamW, build_optimizer, freeze, parameter_groups
+
+
+norm_of = partial(total_norm, topology=Topology(0, 1, 0, torch.device("cpu")))
 
 
 class Small(nn.Module):
@@ -57,7 +63,7 @@ def test_clipping_adamw_is_adamw_after_clip_grad_norm(scale: float, clip: float 
     ours, theirs = Small(), None
     theirs = copy.deepcopy(ours)
     config = Optimizer(clip=clip)
-    optimizer = build_optimizer(ours, config, clips=True)
+    optimizer = build_optimizer(ours, config, norm=norm_of)
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     matrices = {id(theirs.linear.weight), id(theirs.bank)}
@@ -85,7 +91,7 @@ def test_clipping_adamw_is_adamw_after_clip_grad_norm(scale: float, clip: float 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_changes_nothing(value: float) -> None:
     module = Small()
-    optimizer = build_optimizer(module, Optimizer(), clips=True)
+    optimizer = build_optimizer(module, Optimizer(), norm=norm_of)
     assert isinstance(optimizer, ClippingAdamW)
     for group in optimizer.param_groups:
         group["lr"] = 0.1
