@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-import pytest
 
 from tests.rank_pool import RankPool, free_port
 from tests.test_layouts import pretrain_on_every_rank
@@ -81,24 +79,18 @@ def relaunch(hostfile: str | Path, *argv: str) -> list[str]:
     return [*start, "--master-port", str(free_port()), "--max-restarts", "20", "--", *argv]
 
 
-@pytest.fixture(scope="module")
-def four_ranks() -> Iterator[RankPool]:
-    pool = RankPool(4)
-    yield pool
-    pool.close()
-
-
 def test_killed_again_and_again_it_is_the_unbroken_run(
     tiny: Path, four_ranks: RankPool, tmp_path: Path
 ) -> None:
     """One of four processes is killed at a random point, KILLS times: while it starts, computes or saves."""
-    argv = arguments(tiny, tmp_path / "unbroken", *ZERO, *LONG)
+    layout = ("parallel.tensor=2", "parallel.expert=2")
+    argv = arguments(tiny, tmp_path / "unbroken", *ZERO, *LONG, *layout)
     assert four_ranks.run(pretrain_on_every_rank, argv) == [0] * 4
-    four_ranks.close()
     hostfile, run_dir, output = tmp_path / "hosts", tmp_path / "run", tmp_path / "output"
     hostfile.write_text("localhost slots=4  # all of them\n")
     draw = random.Random(5)
-    with started(relaunch(hostfile, *arguments(tiny, run_dir, *ZERO, *LONG)), output) as process:
+    command = relaunch(hostfile, *arguments(tiny, run_dir, *ZERO, *LONG, *layout))
+    with started(command, output) as process:
         for kill in range(KILLS):
             until(lambda: len(rank_processes(run_dir)) == 4, process)
             ranks = rank_processes(run_dir)
@@ -119,3 +111,68 @@ def test_killed_again_and_again_it_is_the_unbroken_run(
     assert metrics(run_dir) == metrics(tmp_path / "unbroken")
     weights = Path("export", "model.safetensors")
     assert (run_dir / weights).read_bytes() == (tmp_path / "unbroken" / weights).read_bytes()
+
+
+def test_sigterm_to_the_relauncher_saves_and_stops(tiny: Path, tmp_path: Path) -> None:
+    hostfile, run_dir, output = tmp_path / "hosts", tmp_path / "run", tmp_path / "output"
+    hostfile.write_text("localhost slots=2\n")
+    steps = ("stages.0.steps=100000", "training.checkpoint_every=100000", "training.log_every=1")
+    with started(relaunch(hostfile, *arguments(tiny, run_dir, *ZERO, *steps)), output) as process:
+        until(lambda: last_step(run_dir) >= 3, process)
+        process.terminate()
+        assert process.wait(60) == 143, output.read_text()
+    (saved,) = (run_dir / "checkpoints").glob("step-*")
+    assert f"saved {saved}; go on with --resume" in output.read_text()
+    assert not rank_processes(run_dir)
+
+
+def test_a_mistake_of_the_user_is_not_tried_again(tiny: Path, tmp_path: Path) -> None:
+    hostfile, run_dir, output = tmp_path / "hosts", tmp_path / "run", tmp_path / "output"
+    hostfile.write_text("localhost slots=2\n")
+    argv = arguments(tiny, run_dir, f"data.tokenizer={tmp_path}/none.model")
+    with started(relaunch(hostfile, *argv), output) as process:
+        assert process.wait(120) == 2
+    said = output.read_text()
+    assert said.count("relaunch: start ") == 1
+    assert said.count("error: ") == 1
+
+
+def test_torchrun_with_rendezvous(tiny: Path, two_ranks: RankPool, tmp_path: Path) -> None:
+    run_dir, output = tmp_path / "run", tmp_path / "output"
+    rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2"]
+    argv = arguments(tiny, run_dir, *ZERO)
+    with started([*command, *rendezvous, "-m", "eve.pretrain", *argv], output) as process:
+        assert process.wait(120) == 0, output.read_text()
+    argv = arguments(tiny, tmp_path / "expected", *ZERO)
+    assert two_ranks.run(pretrain_on_every_rank, argv) == [0, 0]
+    assert metrics(run_dir) == metrics(tmp_path / "expected")
+
+
+def slurm(rank: int) -> dict[str, str]:
+    """What srun gives a task, of two on one node; the port follows from the job, so jobs differ."""
+    return {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_NODELIST": "localhost",
+    }
+
+
+def test_srun_and_without_a_launcher_to_end_it_the_other_rank_ends(tiny: Path, tmp_path: Path) -> None:
+    run_dir, outputs = tmp_path / "run", [tmp_path / "output-0", tmp_path / "output-1"]
+    steps = ("stages.0.steps=100000", "training.log_every=1")
+    command = [sys.executable, "-m", "eve.pretrain", *arguments(tiny, run_dir, *ZERO, *steps)]
+    with (
+        started(command, outputs[0], **slurm(0)) as first,
+        started(command, outputs[1], **slurm(1)) as second,
+    ):
+        until(lambda: last_step(run_dir) >= 3, first)
+        second.kill()
+        assert first.wait(60) == 1
+    said = outputs[0].read_text()
+    assert "2 processes on cpu" in said
+    cause = f"rank 1 on {os.uname().nodename} (process {second.pid}) is gone: it was killed or crashed"
+    assert f"ends: {cause}" in said

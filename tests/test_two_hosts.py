@@ -12,6 +12,7 @@ from eve import pretrain
 from tests import hosts
 from tests.hosts import Hosts
 from tests.test_layouts import losses
+from tests.test_rank_death import last_step, rank_processes, relaunch, until
 from tests.test_resume import arguments
 
 STEPS = 20
@@ -45,3 +46,35 @@ def test_training_over_two_hosts_is_that_of_one_process(tiny: Path, two_hosts: H
     said = output.read_text()
     assert "4 processes on cpu" in said
     assert "host-b: " in said
+
+
+def test_a_process_is_killed_then_a_host_is_lost(tiny: Path, two_hosts: Hosts, tmp_path: Path) -> None:
+    """The relauncher goes on with both hosts, then with one: the numbers are those of one process."""
+    steps = ("stages.0.steps=60", "training.checkpoint_every=5")
+    run_dir, output = tmp_path / "run", tmp_path / "output"
+    command = relaunch(two_hosts.hostfile(slots=2), *arguments(tiny, run_dir, *steps))
+    process = two_hosts.start(command, output)
+
+    def on_host_b() -> list[int]:
+        return two_hosts.processes(1, "eve.pretrain")
+
+    until(lambda: last_step(run_dir) >= 8, process)
+    first = rank_processes(run_dir)
+    first[3].kill()
+    for rank in first.values():
+        rank.wait(60)
+    until(lambda: len(rank_processes(run_dir)) == 4 and last_step(run_dir) >= 20, process)
+    two_hosts.disconnect(1)
+    until(lambda: "host-b cannot be reached, going on without" in output.read_text(), process)
+    assert not on_host_b()
+    assert process.wait(180) == 0, output.read_text()
+    said = output.read_text()
+    assert said.count("rank 3 on host-b (process") >= 3
+    assert "on host-b (process" in said
+    assert "has not answered for 30 s" in said
+    assert "2 processes on host-a" in said
+    assert pretrain.main(arguments(tiny, tmp_path / "one", *steps)) == 0
+    expected = losses(tmp_path / "one")
+    for name, values in losses(run_dir).items():
+        assert len(values) == 30, name
+        np.testing.assert_allclose(values, expected[name], rtol=1e-4 if name == "grad_norm" else 1e-5)
