@@ -74,7 +74,8 @@ class Engine:
         topology.join()
         self.zero_stage = zero_stage(config)
         self.module = module
-        self._coalesces = self.zero_stage == 3 or (self.zero_stage == 2 and offloads(config))
+        self._offloads = offloads(config)
+        self._coalesces = self.zero_stage == 3 or (self.zero_stage == 2 and self._offloads)
         self._coalescing: Any = None
         self._topology = topology
         self._parts = WeightParts(module.model.config, topology)
@@ -143,7 +144,11 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
-        return self._engine.was_step_applied()
+        applied = self._engine.was_step_applied()
+        if self._offloads and self.zero_stage < 3 and not applied:
+            # Those of a skipped step stay where they are summed in fp32, and the next are added (0.19.8).
+            self._engine.optimizer.averaged_gradients.clear()
+        return applied
 
     @property
     def gradient_norm(self) -> float:

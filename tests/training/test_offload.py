@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from eve import pretrain
+from eve.data.batch import collate
 from tests.rank_pool import RankPool
 from tests.steps import (
+    BATCH,
     DENSE,
     OVERRIDES,
     Steps,
@@ -129,6 +131,38 @@ def test_fp32_weights_start_and_load_exactly(
         for name, weight in before.items():
             assert torch.equal(after[name], weight), name
             assert torch.equal(loaded[name], weight), name
+
+
+def steps_with_a_bad_one(recipe_path: Path, config: str) -> tuple[list[bool], list[float]]:
+    """(which of four steps were made, gradient norms); a loss of the second is not finite on one rank."""
+    recipe = tiny_recipe(recipe_path, *CUT)
+    engine, plan, topology = build_engine(recipe, config)
+    made, norms = [], []
+    for number, samples in enumerate(read_batches(recipe, 4)):
+        size = BATCH // topology.data
+        share = samples[topology.data_rank * size :][:size]
+        cut = [collate(share[i : i + 4]) for i in range(0, size, 4)]
+        passes = [(stream, batch) for batch in cut for stream in recipe.stages[0].streams]
+        for place, (stream, batch) in enumerate(passes):
+            units = engine.module.objectives[stream.name].units(collate(samples)) / topology.data
+            loss, _ = engine.forward(stream.name, batch, units, 1 / plan.micro_batches(stream.source))
+            bad = number == 1 and topology.rank == 1 and place == 1
+            engine.backward(loss * (torch.nan if bad else stream.weight), last=place == len(passes) - 1)
+        made.append(engine.step(LEARNING_RATE))
+        norms.append(engine.gradient_norm)
+    engine.close()
+    return made, norms
+
+
+@pytest.mark.parametrize("name", ["zero1_bf16", "zero2_fp32", "zero2_bf16"])
+def test_a_skipped_step_leaves_nothing_behind(name: str, tiny: Path, two_ranks: RankPool) -> None:
+    stayed, offloaded = (
+        two_ranks.run(steps_with_a_bad_one, tiny, f"{name}{end}.json") for end in ("", "_offload")
+    )
+    for (made, norms), (_, expected) in zip(offloaded, stayed, strict=True):
+        assert made == [True, False, True, True]
+        good = [0, 2, 3]
+        assert [norms[i] for i in good] == pytest.approx([expected[i] for i in good], rel=2e-3)
 
 
 def pretrain_on_every_rank(argv: list[str]) -> int:
