@@ -188,28 +188,30 @@ class Relauncher:
 
     def _settle(self, layout: Layout) -> None:
         """Brings the last checkpoint to the layout; the old one goes when the new one is whole."""
-        directory = self.store.directory
-        for resharded in sorted(directory.glob("resharded-*")):
-            target = resharded.with_name(resharded.name.replace("resharded", "step"))
-            if is_complete(resharded) and not target.exists():
-                resharded.rename(target)  # a crash came between the two renames below
-            else:
-                shutil.rmtree(resharded)
+        aside = self.run_dir / "resharding"
+        for resharded in aside.glob("checkpoints/step-*"):
+            if is_complete(resharded) and not (self.store.directory / resharded.name).exists():
+                resharded.rename(self.store.directory / resharded.name)  # killed between the renames below
+        shutil.rmtree(aside, ignore_errors=True)
         checkpoint = self.store.latest()
         if checkpoint is None or fits(checkpoint, layout):
             return
+        resharded = aside / "checkpoints" / checkpoint.name
         state = json.loads((checkpoint / "state.json").read_text())
-        resharded = checkpoint.with_name(checkpoint.name.replace("step", "resharded"))
         say(f"bringing {checkpoint} from {state['world_size']} processes to {layout}")
         command = [sys.executable, "-m", "tools.convert_checkpoint", str(checkpoint), str(resharded)]
+        command += ["--world-size", str(layout.world_size)]
         command += ["--tensor", str(layout.tensor), "--expert", str(layout.expert)]
-        command += ["--world-size", str(layout.world_size), "--zero-stage", str(state["zero_stage"])]
-        if subprocess.run(command).returncode:
+        command += ["--zero-stage", str(state["zero_stage"]), "--precision", state["precision"]]
+        if state["state_format"] == "ZeRO":
+            command += ["--offload"]  # the other of two ways to lay out bf16 at stage 1
+        if subprocess.run(command, start_new_session=True).returncode:
             raise UserError(f"{checkpoint} cannot be brought to {layout}; the sentence above says why")
         retired = checkpoint.with_name(checkpoint.name.replace("step", "deleting"))
         checkpoint.rename(retired)
         resharded.rename(checkpoint)
         shutil.rmtree(retired)
+        shutil.rmtree(aside)
 
 
 def say(text: str) -> None:
@@ -302,7 +304,7 @@ def first_slots(hosts: dict[str, int], number: int) -> dict[str, int]:
 def fits(checkpoint: Path, layout: Layout) -> bool:
     """Whether the processes of the layout can load it as it is."""
     state = json.loads((checkpoint / "state.json").read_text())
-    degrees = state.get("tensor", 1), state.get("expert", 1)
+    degrees = state["tensor"], state["expert"]
     if degrees != (layout.tensor, layout.expert):
         return False
     whole = state["zero_stage"] == 0 and degrees == (1, 1)
