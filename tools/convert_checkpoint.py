@@ -14,6 +14,7 @@ TARGET must not exist. It becomes
     python -m tools.convert_checkpoint moved runs/wide --world-size 32 --tensor 2 --expert 8 --zero-stage 2
     python -m tools.convert_checkpoint runs/eve_base runs/wide --world-size 32      from layout to layout
     python -m tools.convert_checkpoint runs/eve_base moved --verify                 both are there: compare
+    python -m tools.convert_checkpoint runs/dense start --upcycle eve_base          copies as experts
 
 Weights are those of the optimizer in fp32, not their rounded copies. Exit code 1: --verify found a
 difference; 2: a mistake in the call, or a source that is not whole.
@@ -30,19 +31,23 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from eve.config import load_recipe
 from eve.conversion.checkpoint import Checkpoint
 from eve.conversion.layout import Layout
 from eve.conversion.sources import FORMATS, open_source
 from eve.conversion.targets import convert_to_deepspeed, convert_to_open
+from eve.conversion.upcycling import Upcycled
 from eve.conversion.verification import differences
 from eve.errors import UserError
 from tools.progress import Progress
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     try:
         source = open_source(options.source, options.format)
+        if options.upcycle:
+            source = _upcycled(source, options)
         exists = options.target.exists()
         if not (exists and options.verify):
             _convert(source, options)
@@ -67,6 +72,15 @@ def _convert(source: Checkpoint, options: argparse.Namespace) -> None:
         progress=_progress(source, options.training_state),
     )
     print(f"{options.target}: step {source.step}, {len(source.parameters)} parameters")
+
+
+def _upcycled(source: Checkpoint, options: argparse.Namespace) -> Checkpoint:
+    if options.training_state or options.world_size is not None:
+        raise UserError("--upcycle gives weights for a run's init_from: no --training-state, no --world-size")
+    if options.noise < 0:
+        raise UserError(f"--noise {options.noise} is below 0")
+    recipe = load_recipe(options.upcycle, options.overrides)
+    return Upcycled(source, recipe, options.experts_from, options.noise)
 
 
 def _verify(source: Checkpoint, options: argparse.Namespace) -> int:
@@ -147,6 +161,31 @@ def _parser() -> argparse.ArgumentParser:
     layout.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), help="default 0")
     layout.add_argument("--precision", choices=("fp32", "bf16"), help="default fp32")
     layout.add_argument("--offload", action="store_true", help="for a ds_configs/*_offload.json")
+    upcycle = parser.add_argument_group(
+        "other experts", "see eve/conversion/upcycling.py for what they compute"
+    )
+    upcycle.add_argument(
+        "--upcycle",
+        metavar="RECIPE",
+        help="weights for this recipe: experts of its learned routers are copies of the feed-forwards (or of "
+        "another number of experts) of SOURCE; routers that SOURCE lacks are new, by the recipe's seed",
+    )
+    upcycle.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of that recipe")
+    upcycle.add_argument(
+        "--experts-from",
+        choices=("alternate", "image", "text", "mean"),
+        default="alternate",
+        help="which expert of SOURCE fills which: in turn; always that of a modality; the mean (of a learned "
+        "router: of the experts that fall together)",
+    )
+    upcycle.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of a tensor's standard deviation, added to copied experts so that they part; by the recipe's "
+        "seed",
+    )
     return parser
 
 
