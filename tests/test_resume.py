@@ -122,23 +122,26 @@ def test_killed_while_writing_a_checkpoint(
     assert_same_run(run_dir, unbroken)
 
 
-def signal_at_step_6(number: int, event: str, args: tuple[Any, ...]) -> None:
+def signal_at_step_6(numbers: tuple[int, ...], event: str, args: tuple[Any, ...]) -> None:
     """While the picture of step 6 is saved, two steps after a checkpoint and two before the next."""
     if event == "open" and str(args[0]).endswith("step-00000006.png"):
-        os.kill(os.getpid(), number)
+        for number in numbers:
+            os.kill(os.getpid(), number)
 
 
 @pytest.mark.parametrize(
-    ("number", "exit_code", "saved"),
+    ("numbers", "exit_code", "saved"),
     [
-        (signal.SIGKILL, -9, "step-00000004"),
-        # Both finish the step that is under way, here in the middle of a log window, and save.
-        (signal.SIGTERM, 143, "step-00000007"),
-        (signal.SIGINT, 130, "step-00000007"),
+        ((signal.SIGKILL,), -9, "step-00000004"),
+        # All finish the step that is under way, here in the middle of a log window, and save.
+        ((signal.SIGTERM,), 143, "step-00000007"),
+        ((signal.SIGINT,), 130, "step-00000007"),
+        # Ctrl-C of a terminal, and what DeepSpeed's launcher makes of it.
+        ((signal.SIGINT, signal.SIGTERM), 130, "step-00000007"),
     ],
 )
 def test_a_signal_between_two_checkpoints(
-    number: int,
+    numbers: tuple[int, ...],
     exit_code: int,
     saved: str,
     tiny: Path,
@@ -148,10 +151,10 @@ def test_a_signal_between_two_checkpoints(
 ) -> None:
     run_dir = tmp_path / "run"
     argv = arguments(tiny, run_dir, "training.images_every=6")
-    assert run_in_child(partial(signal_at_step_6, number), argv) == exit_code
+    assert run_in_child(partial(signal_at_step_6, numbers), argv) == exit_code
     assert max(path.name for path in (run_dir / "checkpoints").glob("step-*")) == saved
     sentence = f"stopped at step 7, saved {run_dir}/checkpoints/{saved}; go on with --resume"
-    assert (sentence in (tmp_path / "run.out").read_text().splitlines()) == (number != signal.SIGKILL)
+    assert (sentence in (tmp_path / "run.out").read_text().splitlines()) == (numbers != (signal.SIGKILL,))
     assert pretrain.main(arguments(tiny, run_dir, "--resume")) == 0
     assert capfd.readouterr().out.splitlines()[-1] == f"finished: {run_dir}/export"
     assert metrics(run_dir) == metrics(unbroken)
@@ -178,7 +181,7 @@ def test_moved_data_resumes(
 ) -> None:
     run_dir, moved = tmp_path / "run", shutil.copytree(tiny.parent, tmp_path / "moved")
     argv = arguments(tiny, run_dir, "training.images_every=6")
-    assert run_in_child(partial(signal_at_step_6, signal.SIGKILL), argv) == -signal.SIGKILL
+    assert run_in_child(partial(signal_at_step_6, (signal.SIGKILL,)), argv) == -signal.SIGKILL
     paths = (
         f"data.tokenizer={moved}/tokenizer.model",
         f"data.sources.pairs.mix.0.shards={moved}/train/*.tar",

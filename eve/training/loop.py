@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -65,17 +66,26 @@ class TrainState:
 
 
 class StopRequest:
-    """SIGTERM and SIGINT ask the run to save and stop; a second one gets what it would have got."""
+    """SIGTERM and SIGINT ask the run to save and stop; a later one gets what it would have got.
+
+    One that follows at once is the same: launchers pass on what a terminal has sent to all.
+    """
+
+    ECHO_SECONDS = 5
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._asked_at = 0.0
         self._former = {
             number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
         }
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self.restore()
+        if self.signal is None:
+            self.signal, self._asked_at = number, time.monotonic()
+        elif time.monotonic() - self._asked_at > self.ECHO_SECONDS:
+            self.restore()
+            os.kill(os.getpid(), number)
 
     def restore(self) -> None:
         for number, handler in self._former.items():
