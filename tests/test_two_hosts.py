@@ -54,8 +54,10 @@ def test_a_process_is_killed_then_a_host_is_lost(tiny: Path, two_hosts: Hosts, t
     ZeRO cuts the checkpoint into parts of four processes, two have to read it.
     """
     steps = ("stages.0.steps=60", "training.checkpoint_every=5")
+    # Not for the shells on the way.
+    shards = f"data.sources.pairs.mix.0.shards={tiny.parent}/train/{{000000..000002}}.tar"
     run_dir, output = tmp_path / "run", tmp_path / "output"
-    command = relaunch(two_hosts.hostfile(slots=2), *arguments(tiny, run_dir, *ZERO, *steps))
+    command = relaunch(two_hosts.hostfile(slots=2), *arguments(tiny, run_dir, *ZERO, *steps, shards))
     process = two_hosts.start(command, output)
 
     def on_host_b() -> list[int]:

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -148,7 +149,7 @@ class Relauncher:
         return 0 if latest is None else int(latest.name.removeprefix("step-"))
 
     def _launch(self, layout: Layout, port: int) -> int:
-        degrees = [f"parallel.tensor={layout.tensor}", f"parallel.expert={layout.expert}"]
+        arguments = [*self.arguments, f"parallel.tensor={layout.tensor}", f"parallel.expert={layout.expert}"]
         environment = os.environ.copy()
         appended = environment.get("PDSH_SSH_ARGS_APPEND", "")
         environment["PDSH_SSH_ARGS_APPEND"] = f"{appended} {SSH_OF_THE_RUN}".strip()
@@ -162,7 +163,9 @@ class Relauncher:
             else:
                 # Without it the launcher runs the processes of a single host here, whatever its name.
                 command += ["--force_multi"]
-            command += ["--module", "eve.pretrain", *self.arguments, *degrees]
+                # A shell on each host reads them; those with a space get quotes from the launcher.
+                arguments = [word if " " in word else shlex.quote(word) for word in arguments]
+            command += ["--module", "eve.pretrain", *arguments]
             process = subprocess.Popen(command, env=environment, start_new_session=True)
             self._wait(process, next(iter(layout.hosts)))
         return process.returncode if process.returncode >= 0 else 128 - process.returncode
