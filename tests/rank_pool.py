@@ -98,7 +98,10 @@ def _serve(connection: Connection, rank: int, num_ranks: int, port: int) -> None
     }
     import torch
 
+    from eve.parallel.topology import Topology
+
     torch.set_num_threads(1)
+    Topology.from_environment()
     while True:
         try:
             function, arguments = connection.recv()
