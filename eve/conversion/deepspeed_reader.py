@@ -156,6 +156,14 @@ class DeepSpeedCheckpoint(Checkpoint):
                     f"{self.where / ENGINE / file.name} has its parameters in another order, "
                     "as with round_robin_gradients, which is not supported"
                 )
+        for number, bank in enumerate(plan.banks()):
+            files = (self.where / ENGINE).glob(f"layer_{number}_expert_*")
+            experts = 1 + max((int(path.name.split("_")[3]) for path in files), default=-1)
+            if experts != bank[0].shape[0]:
+                name = bank[0].name.rpartition(".")[0]
+                raise UserError(
+                    f"{self.where} has {experts} experts of {name}, its recipe has {bank[0].shape[0]}"
+                )
         for file in plan.expert_files():
             self._compare(file.tree, self._load(file.name), file.name)
 

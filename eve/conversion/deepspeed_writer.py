@@ -36,11 +36,12 @@ def write_deepspeed(
     """
     if source.run is None:
         raise UserError(f"{source.where} has no training state; it was written without --training-state")
+    recipe = layout.of(source.recipe)
     plan = Plan(layout, source.parameters)
     engine = directory / ENGINE
     engine.mkdir()
     places: dict[tuple[str, Kind], list[tuple[Piece, Tensor]]] = defaultdict(list)
-    for file in _files(plan, source.recipe, source.run):
+    for file in _files(plan, recipe, source.run):
         for slot, tensor in save(engine / file.name, file.tree):
             for piece in slot.pieces:
                 places[piece.name, piece.kind].append((piece, tensor))
@@ -50,15 +51,9 @@ def write_deepspeed(
     torch.save(
         {p.name: source.read(p.name, "weight") for p in source.parameters if not p.learns}, engine / FROZEN
     )
-    recipe = with_degrees(source.recipe, layout)
     (directory / "recipe.yaml").write_text(recipe.to_yaml())
     (directory / "tokenizer.model").write_bytes(source.tokenizer)
     (directory / "state.json").write_text(json.dumps(_state(source.run, layout)))
-
-
-def with_degrees(recipe: Recipe, layout: Layout) -> Recipe:
-    degrees = recipe.parallel.model_copy(update={"tensor": layout.tensor, "expert": layout.expert})
-    return recipe.model_copy(update={"parallel": degrees})
 
 
 def _state(run: Run, layout: Layout) -> dict[str, Any]:

@@ -27,12 +27,13 @@ from typing import Any
 
 import torch
 
-from eve.config import Model, Parallel
+from eve.config import Recipe
 from eve.conversion.checkpoint import MOMENTS, Kind, Parameter
 from eve.errors import UserError
 from eve.parallel.sharding import DEEPSPEED_EXPERTS, Placement, padded_vocabulary, placement
 from eve.parallel.sharding import Kind as Cut
 from eve.parallel.topology import check_degrees
+from eve.training.ds_config import check_combinations
 
 # `sub_group_size` of ds_configs/zero3_*.json.
 SUB_GROUP_SIZE = 1_000_000_000
@@ -53,13 +54,20 @@ class Layout:
     def data(self) -> int:
         return self.world_size // self.tensor
 
-    def check(self, model: Model) -> None:
-        """Raises UserError where a model cannot be trained in it."""
-        check_degrees(Parallel(tensor=self.tensor, expert=self.expert), model, self.world_size)
-        if self.precision != "fp32" and self.zero_stage == 0:
-            raise UserError(f"{self.precision} with ZeRO stage 0 has no fp32 weights; use stage 1")
-        if self.zero_stage == 3 and (self.tensor > 1 or self.expert > 1):
-            raise UserError("ZeRO stage 3 goes with neither tensor nor expert parallelism; use stage 1 or 2")
+    def of(self, recipe: Recipe) -> Recipe:
+        """The recipe with its degrees. Raises UserError where its model cannot be trained in this layout."""
+        parallel = recipe.parallel.model_copy(update={"tensor": self.tensor, "expert": self.expert})
+        recipe = recipe.model_copy(update={"parallel": parallel})
+        check_degrees(parallel, recipe.model, self.world_size)
+        tree = {
+            "zero_optimization": {"stage": self.zero_stage},
+            "bf16": {"enabled": self.precision == "bf16"},
+        }
+        # Compiling may be switched off when the run goes on.
+        training = recipe.training.model_copy(update={"compile": False})
+        eager = recipe.model_copy(update={"training": training})
+        check_combinations(tree, eager, cuda=False, where="the layout of the target")
+        return recipe
 
     def describe(self) -> str:
         return (

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from eve.conversion.checkpoint import Checkpoint
-from eve.conversion.deepspeed_writer import with_degrees, write_deepspeed
+from eve.conversion.deepspeed_writer import write_deepspeed
 from eve.conversion.layout import Layout
 from eve.conversion.open_directory import METRICS, write_open
 from eve.errors import UserError
@@ -34,7 +34,6 @@ def convert_to_deepspeed(
     source: Checkpoint, target: Path, layout: Layout, *, progress: Callable[[], None]
 ) -> None:
     """Writes a run directory, or a step directory of one (`RUN/checkpoints/step-N`). Raises UserError."""
-    layout.check(source.recipe.model)
     step = f"step-{source.step:08d}"
 
     def write_step(directory: Path) -> None:
@@ -45,7 +44,7 @@ def convert_to_deepspeed(
         inside = directory / "checkpoints" / step
         inside.mkdir(parents=True)
         write_step(inside)
-        (directory / "recipe.yaml").write_text(with_degrees(source.recipe, layout).to_yaml())
+        (directory / "recipe.yaml").write_text(layout.of(source.recipe).to_yaml())
         (directory / METRICS).write_bytes(source.run.metrics if source.run else b"")
         for path in (directory / "recipe.yaml", directory / METRICS):
             with open(path, "rb+") as file:

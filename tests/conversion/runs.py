@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from eve import pretrain
+from eve.config import Recipe
 from eve.conversion.layout import Layout
+from eve.data.tokenizer import Tokenizer
+from eve.model import build_model
+from eve.training.export import export_model
+from eve.training.loop import TrainState
 from tests.rank_pool import RankPool
 
 # ZeRO stage 3 is for recipes without a learned router.
@@ -86,3 +92,18 @@ def losses(run_dir: Path, after: int) -> dict[str, list[float]]:
     names = ("loss/masked_image", "loss/masked_text", "grad_norm")
     late = [line for line in lines if line["step"] > after]
     return {name: [line[name] for line in late if name in line] for name in names}
+
+
+def write_trained(recipe: Recipe, directory: Path, step: int = 4) -> None:
+    """A topology-free directory with training state as if a run had been there, written by other means."""
+    model = build_model(recipe.model, seed=recipe.seed)
+    weights = dict(model.state_dict())
+    export_model(directory, weights, recipe, Tokenizer.load(recipe.data.tokenizer), {"step": step})
+    generator = torch.Generator().manual_seed(0)
+    for kind in ("exp_avg", "exp_avg_sq"):
+        moments = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in weights.items()}
+        save_file(moments, directory / f"{kind}.safetensors")
+    counters = {"global_steps": step, "global_samples": 16 * step, "skipped_steps": 0}
+    steps = {name: step for name, _ in model.named_parameters()}
+    state = {"run": vars(TrainState(step=step)), "counters": counters, "steps": steps}
+    (directory / "state.json").write_text(json.dumps(state))
