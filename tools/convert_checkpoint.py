@@ -45,6 +45,7 @@ from tools.progress import Progress
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     try:
+        _check(options)
         source = open_source(options.source, options.format)
         if options.upcycle:
             source = _upcycled(source, options)
@@ -57,6 +58,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises UserError for options that do not go together."""
+    if options.overrides and not options.upcycle:
+        raise UserError(f"{options.overrides[0]} is for --upcycle")
+    if options.training_state and options.world_size is not None:
+        raise UserError(
+            "--training-state is for a topology-free directory; with --world-size it is there anyway"
+        )
+    if options.upcycle and (options.training_state or options.world_size is not None):
+        raise UserError("--upcycle gives weights for a run's init_from: no --training-state, no --world-size")
+    if options.noise < 0:
+        raise UserError(f"--noise {options.noise} is below 0")
 
 
 def _convert(source: Checkpoint, options: argparse.Namespace) -> None:
@@ -75,10 +90,6 @@ def _convert(source: Checkpoint, options: argparse.Namespace) -> None:
 
 
 def _upcycled(source: Checkpoint, options: argparse.Namespace) -> Checkpoint:
-    if options.training_state or options.world_size is not None:
-        raise UserError("--upcycle gives weights for a run's init_from: no --training-state, no --world-size")
-    if options.noise < 0:
-        raise UserError(f"--noise {options.noise} is below 0")
     recipe = load_recipe(options.upcycle, options.overrides)
     return Upcycled(source, recipe, options.experts_from, options.noise)
 
