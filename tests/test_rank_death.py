@@ -113,16 +113,23 @@ def test_killed_again_and_again_it_is_the_unbroken_run(
     assert (run_dir / weights).read_bytes() == (tmp_path / "unbroken" / weights).read_bytes()
 
 
-def test_sigterm_to_the_relauncher_saves_and_stops(tiny: Path, tmp_path: Path) -> None:
+def test_the_launcher_is_killed_then_sigterm_saves_and_stops(tiny: Path, tmp_path: Path) -> None:
     hostfile, run_dir, output = tmp_path / "hosts", tmp_path / "run", tmp_path / "output"
     hostfile.write_text("localhost slots=2\n")
     steps = ("stages.0.steps=100000", "training.checkpoint_every=100000", "training.log_every=1")
     with started(relaunch(hostfile, *arguments(tiny, run_dir, *ZERO, *steps)), output) as process:
-        until(lambda: last_step(run_dir) >= 3, process)
+        for start in (1, 2):
+            until(lambda start=start: output.read_text().count(f"starting {run_dir}") == start, process)
+            until(lambda: last_step(run_dir) >= 3, process)
+            if start == 1:
+                # DeepSpeed's outer launcher ends with exit code 0 then, and leaves the ranks alone.
+                psutil.Process(rank_processes(run_dir)[0].ppid()).kill()
         process.terminate()
         assert process.wait(60) == 143, output.read_text()
     (saved,) = (run_dir / "checkpoints").glob("step-*")
-    assert f"saved {saved}; go on with --resume" in output.read_text()
+    said = output.read_text()
+    assert "relaunch: the run ended with exit code 0; the last complete checkpoint is of step 0" in said
+    assert f"saved {saved}; go on with --resume" in said
     assert not rank_processes(run_dir)
 
 

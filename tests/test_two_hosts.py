@@ -53,7 +53,7 @@ def test_a_process_is_killed_then_a_host_is_lost(tiny: Path, two_hosts: Hosts, t
 
     ZeRO cuts the checkpoint into parts of four processes, two have to read it.
     """
-    steps = ("stages.0.steps=60", "training.checkpoint_every=5")
+    steps = ("stages.0.steps=30", "training.checkpoint_every=4")
     # Not for the shells on the way.
     shards = f"data.sources.pairs.mix.0.shards={tiny.parent}/train/{{000000..000002}}.tar"
     run_dir, output = tmp_path / "run", tmp_path / "output"
@@ -63,12 +63,12 @@ def test_a_process_is_killed_then_a_host_is_lost(tiny: Path, two_hosts: Hosts, t
     def on_host_b() -> list[int]:
         return two_hosts.processes(1, "eve.pretrain")
 
-    until(lambda: last_step(run_dir) >= 8, process)
+    until(lambda: last_step(run_dir) >= 6, process)
     first = rank_processes(run_dir)
     first[3].kill()
     for rank in first.values():
         rank.wait(60)
-    until(lambda: len(rank_processes(run_dir)) == 4 and last_step(run_dir) >= 20, process)
+    until(lambda: len(rank_processes(run_dir)) == 4 and last_step(run_dir) >= 14, process)
     two_hosts.disconnect(1)
     until(lambda: "host-b cannot be reached, going on without" in output.read_text(), process)
     assert not on_host_b()
@@ -81,5 +81,5 @@ def test_a_process_is_killed_then_a_host_is_lost(tiny: Path, two_hosts: Hosts, t
     assert pretrain.main(arguments(tiny, tmp_path / "one", *steps)) == 0
     expected = losses(tmp_path / "one")
     for name, values in losses(run_dir).items():
-        assert len(values) == 30, name
+        assert len(values) == 15, name
         np.testing.assert_allclose(values, expected[name], rtol=1e-4 if name == "grad_norm" else 1e-5)

@@ -103,7 +103,7 @@ class Relauncher:
         for argument, present in (("--resume", "--resume" in self.arguments), ("--run_dir", given.run_dir)):
             if not present:
                 self.arguments[:0] = [argument] if argument == "--resume" else [argument, str(self.run_dir)]
-        self.stop_asked = False
+        self.stop_signal: int | None = None
 
     def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -114,13 +114,16 @@ class Relauncher:
             layout = choose_layout(hosts, self.recipe, self.ds_tree)
             self._settle(layout)
             before = self._step()
-            if self.stop_asked:
-                return 128 + signal.SIGTERM
+            if self.stop_signal is not None:
+                return 128 + self.stop_signal
             starts += 1
             say(f"start {starts} from step {before}: {layout}")
             code = self._launch(layout, self.options.master_port + starts % 1000)
-            if code in (0, 2) or self.stop_asked:
+            # The launcher says 0 as well where a signal has ended it.
+            if code == 2 or (code == 0 and self._is_finished()):
                 return code
+            if self.stop_signal is not None:
+                return 128 + self.stop_signal
             failures = 0 if self._step() > before else failures + 1
             say(
                 f"the run ended with exit code {code}; the last complete checkpoint is of step {self._step()}"
@@ -142,7 +145,11 @@ class Relauncher:
         return hosts
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        self.stop_asked = True
+        self.stop_signal = number
+
+    def _is_finished(self) -> bool:
+        steps = sum(stage.steps for stage in self.recipe.stages)
+        return self._step() == steps and (self.run_dir / "export").is_dir()
 
     def _step(self) -> int:
         latest = self.store.latest()
@@ -174,7 +181,7 @@ class Relauncher:
         told = False
         while process.poll() is None:
             time.sleep(0.2)
-            if self.stop_asked and not told:
+            if self.stop_signal is not None and not told:
                 told = True
                 # One process is enough, they stop together. The launchers are left alone: they give the
                 # processes half a minute, a large checkpoint may need more.
