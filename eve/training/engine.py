@@ -130,7 +130,8 @@ class Engine:
             self._coalescing = self._engine.coalesce_grad_reduction()
             self._coalescing.__enter__()
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss, scale_wrt_gas=False)
+        # A tensor of its own: hooks of what `forward` returned would divide by the number of passes again.
+        self._engine.backward(loss * 1.0, scale_wrt_gas=False)
         if last and self._coalescing is not None:
             self._coalescing.__exit__(None, None, None)
             self._coalescing = None

@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,7 @@ def member(rank: int, port: int, output: Path, act: Act) -> None:
     os.dup2(descriptor, 2)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    watchdog.SILENCE, watchdog.ARRIVAL, watchdog.ECHO = 4, 8, 2
+    watchdog.SILENCE, watchdog.ARRIVAL, watchdog.LATE_ARRIVAL, watchdog.ECHO = 4, 6, 2, 2
     dog = watchdog.Watchdog.start()
     try:
         code = act(rank)
@@ -38,11 +37,13 @@ def member(rank: int, port: int, output: Path, act: Act) -> None:
     sys.exit(code)
 
 
-def run(act: Act, output: Path) -> tuple[list[BaseProcess], str]:
+def run(act: Act, output: Path, num_started: int = NUM_RANKS) -> tuple[list[int | None], str]:
     """(the processes, ended but for those that are stopped, what they printed)."""
     port = free_port()
     context = fork_server()
-    processes = [context.Process(target=member, args=(rank, port, output, act)) for rank in range(NUM_RANKS)]
+    processes = [
+        context.Process(target=member, args=(rank, port, output, act)) for rank in range(num_started)
+    ]
     for process in processes:
         process.start()
     try:
@@ -133,6 +134,12 @@ def test_all_end_for_the_same_cause(act: Act, codes: list[int | None], cause: st
             line = next(line for line in said.splitlines() if line.startswith(f"rank {rank} "))
             assert " ends: " in line
             assert cause in line
+
+
+def test_one_that_never_comes_is_named(tmp_path: Path) -> None:
+    codes, said = run(killed, tmp_path / "output", num_started=1)
+    assert codes == [1]
+    assert "ends: of 3 processes, ranks [1, 2] have not come in 6 s" in said
 
 
 def silent_but_alive(rank: int) -> int:
