@@ -62,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Raises UserError for options that do not go together."""
+    for name in ("world_size", "tensor", "expert"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            raise UserError(f"--{name.replace('_', '-')} {number} is below 1")
     if options.overrides and not options.upcycle:
         raise UserError(f"{options.overrides[0]} is for --upcycle")
     if options.training_state and options.world_size is not None:
