@@ -40,7 +40,7 @@ from eve.config import Recipe, load_recipe
 from eve.data.batch import Batch, Sample, collate
 from eve.errors import UserError
 from eve.objectives.masking import ImageMasking, PairMasking, TextMasking
-from eve.parallel.topology import Topology
+from eve.parallel.topology import Topology, check_degrees
 from eve.planning.layout import Layout, passes_of
 from eve.planning.traffic import transfers
 from eve.planning.weights import ModelWeights
@@ -265,8 +265,9 @@ def rank_of(
 
 
 def predicted(recipe: Recipe, zero_stage: int) -> tuple[float, float]:
-    """(least, formula): bytes of a rank and step."""
+    """(least, formula): bytes of a rank and step. Raises UserError where a run would be refused."""
     stage, parallel = recipe.stages[0], recipe.parallel
+    check_degrees(parallel, recipe.model, PROCESSES)
     layout = Layout(
         gpus=PROCESSES,
         tensor=parallel.tensor,
@@ -323,6 +324,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    for name in ("batch", "steps"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}, expected at least 1")
     base = [*options.overrides, "training.micro_batch_size=null"]
     depth = load_recipe(options.recipe, base).model.depth
     recipes, names = [], []
