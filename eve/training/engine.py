@@ -13,8 +13,9 @@ so DeepSpeed's own division by `gradient_accumulation_steps` is switched off.
 
 from __future__ import annotations
 
+import io
 import math
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,16 +92,16 @@ class Engine:
         # DeepSpeed takes degrees and groups from it where there is one, and keeps that of the last engine.
         mpu = topology if topology.tensor > 1 else None
         deepspeed.utils.groups.mpu = mpu
-        self._engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=build_optimizer(
-                module, optimizer, norm=partial(total_norm, topology=topology) if clips else None
-            ),
-            # Stage 0 has no wrapper that clips in one pass: there the optimizer does.
-            config={**config, "gradient_clipping": 0.0} if clips else config,
-            dist_init_required=False,
-            mpu=mpu,
-        )
+        norm = partial(total_norm, topology=topology) if clips else None
+        with redirect_stdout(io.StringIO()):  # it prints memory, group by group
+            self._engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=build_optimizer(module, optimizer, norm=norm),
+                # Stage 0 has no wrapper that clips in one pass: there the optimizer does.
+                config={**config, "gradient_clipping": 0.0} if clips else config,
+                dist_init_required=False,
+                mpu=mpu,
+            )
         assert self._engine.has_moe_layers == (topology.expert > 1)
         if precision(config) != "fp32":
             # Its fp32 weights were made from the rounded ones.
@@ -170,7 +171,7 @@ class Engine:
         self._frozen = {name: self._parts.held(name, whole) for name, whole in frozen.items()}
 
     def held_weights(self) -> dict[str, Tensor]:
-        """This process's part of the weights, fp32 on the CPU, by the names of one device. All ranks call it."""
+        """This process's part of the weights, fp32 on the CPU, by names of one device. All ranks call it."""
         full = import_deepspeed().utils.safe_get_full_fp32_param
         weights = {}
         for name, tensor in self._parameters.items():
