@@ -23,11 +23,13 @@ from tests.rank_pool import RankPool
 DENSE = ("model.feed_forward.1.router=modality", "model.feed_forward.1.num_experts=2")
 
 
-def train(pool: RankPool, recipe: Path, run_dir: Path, layout: Layout, *more: str) -> None:
-    """A run, or with "--resume" what is left of one."""
+def train(
+    pool: RankPool, recipe: Path, run_dir: Path, layout: Layout, *more: str, config: str | None = None
+) -> None:
+    """A run, or with "--resume" what is left of one; with a file of ds_configs/, or that of the layout."""
     argv = [
         *("--recipe", str(recipe), "--run_dir", str(run_dir)),
-        *("--deepspeed_config", f"ds_configs/zero{layout.zero_stage}_{layout.precision}.json"),
+        *("--deepspeed_config", f"ds_configs/{config or f'zero{layout.zero_stage}_{layout.precision}.json'}"),
         f"parallel.tensor={layout.tensor}",
         f"parallel.expert={layout.expert}",
         *more,

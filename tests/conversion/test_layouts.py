@@ -122,15 +122,28 @@ def test_other_layouts_out_and_back(
     assert_same_files(last_step(back), last_step(run_dir))
 
 
-@pytest.mark.parametrize("layout", [Layout(2, zero_stage=3), Layout(2, tensor=2, zero_stage=2)])
+@pytest.mark.parametrize(
+    ("layout", "config", "words"),
+    [
+        (Layout(2, zero_stage=3), "zero3_fp32.json", ()),
+        (Layout(2, tensor=2, zero_stage=2), "zero2_fp32.json", ()),
+        (Layout(2, zero_stage=1, precision="bf16"), "zero1_bf16_offload.json", ("--offload",)),
+    ],
+)
 def test_engines_hold_what_was_written(
-    layout: Layout, tiny: Path, one_rank: RankPool, two_ranks: RankPool, tmp_path: Path
+    layout: Layout,
+    config: str,
+    words: tuple[str, ...],
+    tiny: Path,
+    one_rank: RankPool,
+    two_ranks: RankPool,
+    tmp_path: Path,
 ) -> None:
     """A finished run that is resumed exports what its engine has loaded."""
     run_dir, moved = tmp_path / "run", tmp_path / "moved"
     finished = ("stages.0.steps=2", *DENSE)
     train(one_rank, tiny, run_dir, ONE, *finished)
-    assert main([str(run_dir), str(moved), *options(layout)]) == 0
-    train(two_ranks, tiny, moved, layout, *finished, "--resume")
+    assert main([str(run_dir), str(moved), *options(layout), *words]) == 0
+    train(two_ranks, tiny, moved, layout, *finished, "--resume", config=config)
     weights = Path("export", "model.safetensors")
     assert (moved / weights).read_bytes() == (run_dir / weights).read_bytes()
