@@ -57,6 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nconvert_checkpoint: interrupted; nothing is left of it", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -66,3 +66,7 @@ class Checkpoint(ABC):
     @abstractmethod
     def read(self, name: str, kind: Kind) -> Tensor:
         """The whole tensor in fp32; moments of a parameter that learns only."""
+
+    def copies_agree(self, name: str, weight: Tensor) -> bool:
+        """Whether what else there is of a weight, cut or rounded, is that of the whole one in fp32."""
+        return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from eve.config import load_recipe
 from eve.conversion.checkpoint import MOMENTS, Checkpoint, Kind, Parameter, Run
-from eve.conversion.layout import Layout, Piece, Plan
+from eve.conversion.layout import File, Layout, Piece, Plan
 from eve.conversion.torch_files import load, pairs
 from eve.errors import UserError
 from eve.model import parameter_shapes
 from eve.parallel.sharding import Kind as Cut
-from eve.parallel.sharding import join
+from eve.parallel.sharding import cut, join
 from eve.training.checkpoint import MARKER
 from eve.training.engine import FROZEN
 
@@ -46,7 +46,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         self._check_names()
         self.parameters = self._with_steps()
         self._plan = Plan(self.layout, self.parameters)
-        self._pieces = self._locate()
+        self._locate()
         first = self._load(next(self._plan.model_files()).name)
         counters = {key: first[key] for key in ("global_steps", "global_samples", "skipped_steps")}
         self.run = Run(state, counters, _metrics(directory, state["metrics_bytes"]))
@@ -72,6 +72,17 @@ class DeepSpeedCheckpoint(Checkpoint):
         if where.kind is Cut.VOCABULARY:
             self._check_padding(name, kind, ordered, parameter.shape[0])
         return join(ordered, where, vocab_size=parameter.shape[0])
+
+    def copies_agree(self, name: str, weight: Tensor) -> bool:
+        """Those that the ranks compute with: DeepSpeed loads them beside the optimizer's."""
+        layout, where = self.layout, self._plan.placements[name]
+        for piece, tensor in self._copies[name]:
+            tensor_rank, expert_rank = (piece.tensor_rank, layout.tensor), (piece.expert_rank, layout.expert)
+            part = cut(weight, where, tensor=tensor_rank, expert=expert_rank).reshape(-1)
+            expected = part[piece.start : piece.stop].to(tensor.dtype)
+            if not torch.equal(tensor.reshape(-1)[: len(expected)], expected):
+                return False
+        return True
 
     def _shard_of(self, piece: Piece) -> int | None:
         """Which shard of its parameter a piece belongs to; None: a copy that is not looked at."""
@@ -124,18 +135,24 @@ class DeepSpeedCheckpoint(Checkpoint):
             steps |= {parameter.name: count for parameter in parameters}
         return tuple(replace(p, step=steps[p.name]) if p.learns else p for p in self._plan.parameters)
 
-    def _locate(self) -> dict[tuple[str, Kind], list[tuple[Piece, Tensor]]]:
-        """The mapped tensors that hold the pieces of each parameter."""
-        plan = self._plan
-        # From ZeRO stage 1 on, the optimizer has the weights, and these are copies of them, maybe rounded.
-        copies = [*plan.model_files(), *plan.expert_files()] if self.layout.zero_stage else []
-        files = [*plan.model_files(), *plan.expert_files()] if not copies else []
-        found = defaultdict(list)
-        for file in (*files, *plan.optimizer_files(), *copies):
-            for slot, tensor in pairs(file.tree, self._load(file.name), str(self.where / ENGINE / file.name)):
-                for piece in slot.pieces if file not in copies else ():
-                    found[piece.name, piece.kind].append((piece, tensor))
-        return found
+    def _locate(self) -> None:
+        """Finds the mapped tensors that hold the pieces of each parameter."""
+        self._pieces: dict[tuple[str, Kind], list[tuple[Piece, Tensor]]] = defaultdict(list)
+        self._copies: dict[str, list[tuple[Piece, Tensor]]] = defaultdict(list)
+        for file in (*self._plan.model_files(), *self._plan.expert_files()):
+            for piece, tensor in self._pieces_of(file):
+                self._copies[piece.name].append((piece, tensor))
+                if self.layout.zero_stage == 0:
+                    self._pieces[piece.name, "weight"].append((piece, tensor))
+        # From ZeRO stage 1 on, the optimizer has the weights in fp32.
+        for file in self._plan.optimizer_files():
+            for piece, tensor in self._pieces_of(file):
+                self._pieces[piece.name, piece.kind].append((piece, tensor))
+
+    def _pieces_of(self, file: File) -> Iterator[tuple[Piece, Tensor]]:
+        for slot, tensor in pairs(file.tree, self._load(file.name), str(self.where / ENGINE / file.name)):
+            for piece in slot.pieces:
+                yield piece, tensor
 
     def _check_names(self) -> None:
         """All files of a kind have the same names, in the order that the optimizer flattens them in."""
@@ -153,8 +170,8 @@ class DeepSpeedCheckpoint(Checkpoint):
             self._compare(wanted, flat, file.name)
             if groups != expected:
                 raise UserError(
-                    f"{self.where / ENGINE / file.name} has its parameters in another order, "
-                    "as with round_robin_gradients, which is not supported"
+                    f"{self.where / ENGINE / file.name} groups its parameters otherwise, as with "
+                    "round_robin_gradients or another sub_group_size, which is not supported"
                 )
         for number, bank in enumerate(plan.banks()):
             files = (self.where / ENGINE).glob(f"layer_{number}_expert_*")

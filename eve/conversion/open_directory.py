@@ -44,6 +44,9 @@ class OpenDirectory(Checkpoint):
         self.where = directory
         if not (directory / WEIGHTS).is_file():
             raise UserError(f"{directory} is not an exported model: it has no {WEIGHTS}")
+        for name in ("recipe.yaml", "tokenizer.model", "metadata.json"):
+            if not (directory / name).is_file():
+                raise UserError(f"{directory / name} is missing")
         if (directory / MARKER).is_file():
             check_complete(directory)
         self.recipe = load_recipe(str(directory / "recipe.yaml"))

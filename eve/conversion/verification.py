@@ -32,6 +32,9 @@ def differences(
             if one.step != other.step:
                 found.append(f"{name} had {one.step} updates, then {other.step}")
             kinds = ("weight", *MOMENTS) if one.learns and other.learns else kinds
+        for checkpoint in (source, result):
+            if not checkpoint.copies_agree(name, checkpoint.read(name, "weight")):
+                found.append(f"{checkpoint.where} has weights of {name} that are not the optimizer's")
         for kind in kinds:
             if checksum(source.read(name, kind)) != checksum(result.read(name, kind)):
                 found.append(f"{kind} of {name} has another checksum")

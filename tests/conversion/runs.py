@@ -27,9 +27,10 @@ def train(
     pool: RankPool, recipe: Path, run_dir: Path, layout: Layout, *more: str, config: str | None = None
 ) -> None:
     """A run, or with "--resume" what is left of one; with a file of ds_configs/, or that of the layout."""
+    config = config or f"zero{layout.zero_stage}_{layout.precision}.json"
     argv = [
         *("--recipe", str(recipe), "--run_dir", str(run_dir)),
-        *("--deepspeed_config", f"ds_configs/{config or f'zero{layout.zero_stage}_{layout.precision}.json'}"),
+        *("--deepspeed_config", str(Path("ds_configs", config))),
         f"parallel.tensor={layout.tensor}",
         f"parallel.expert={layout.expert}",
         *more,

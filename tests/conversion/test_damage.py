@@ -147,7 +147,7 @@ def other_experts(step: Path) -> None:
             rf"{RANK}: \S+: single_partition_of_fp32_groups, 0 is \(\d+,\), expected .* \(\d+,\)",
         ),
         (lose_a_moment, rf"{RANK}: .*: 3 has no exp_avg_sq"),
-        (reorder, rf"{MODEL} has its parameters in another order, as with round_robin_gradients"),
+        (reorder, rf"{MODEL} groups its parameters otherwise, as with round_robin_gradients"),
         (
             touch_the_padding,
             r"exp_avg of encoder.text_embedding.word.weight is not zero in the padding after 40",

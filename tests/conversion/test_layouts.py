@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,3 +148,18 @@ def test_engines_hold_what_was_written(
     train(two_ranks, tiny, moved, layout, *finished, "--resume", config=config)
     weights = Path("export", "model.safetensors")
     assert (moved / weights).read_bytes() == (run_dir / weights).read_bytes()
+
+
+def test_vectors_of_zero_3_end_at_their_size(
+    tiny: Path, two_ranks: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads(Path("ds_configs/zero3_fp32.json").read_text())
+    config["zero_optimization"]["sub_group_size"] = 3000
+    (tmp_path / "zero3.json").write_text(json.dumps(config))
+    layout, run_dir, back = Layout(2, zero_stage=3), tmp_path / "run", tmp_path / "back"
+    finished = ("stages.0.steps=2", *DENSE)
+    train(two_ranks, tiny, run_dir, layout, *finished, config=str(tmp_path / "zero3.json"))
+    monkeypatch.setattr("eve.conversion.layout.SUB_GROUP_SIZE", 3000)
+    assert main([str(run_dir), str(tmp_path / "open"), "--training-state", "--verify"]) == 0
+    assert main([str(tmp_path / "open"), str(back), *options(layout), "--verify"]) == 0
+    assert_same_files(last_step(back), last_step(run_dir))

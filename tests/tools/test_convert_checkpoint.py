@@ -118,6 +118,23 @@ def test_verify_names_what_differs(trained: Path, capsys: pytest.CaptureFixture[
     ]
 
 
+def test_verify_looks_at_what_ranks_compute_with(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained.parent / "run"
+    layout = Layout(4, tensor=2, expert=2, zero_stage=2, precision="bf16")
+    assert main([str(trained), str(run), *options(layout), "--verify"]) == 0
+    step = run / "checkpoints" / STEP
+    path = step / "engine" / "mp_rank_01_model_states.pt"
+    tree = torch.load(path, weights_only=False)
+    tree["module"]["model.encoder.blocks.0.attention.qkv.v_bias"][3] = 1.0
+    torch.save(tree, path)
+    (step / "complete.json").unlink()
+    seal(step)
+    capsys.readouterr()
+    assert main([str(trained), str(run), "--verify"]) == 1
+    name = "encoder.blocks.0.attention.qkv.v_bias"
+    assert capsys.readouterr().out == f"{step} has weights of {name} that are not the optimizer's\n"
+
+
 def test_verify_counts_experts(tiny: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fewer = trained.parent / "fewer"
     assert main([str(trained), str(fewer), "--upcycle", str(tiny), "model.feed_forward.1.num_experts=2"]) == 0
