@@ -34,7 +34,7 @@ from eve.data.shards import resolve
 from eve.data.tokenizer import Tokenizer
 from eve.errors import UserError
 from eve.model import count_parameters
-from eve.parallel.launcher import read_environment
+from eve.parallel.launcher import Console, read_environment
 from eve.parallel.topology import Topology
 from eve.parallel.watchdog import Watchdog
 from eve.training.checkpoint import CheckpointStore, directory_size
@@ -313,6 +313,7 @@ def program() -> None:
     """`main` as the whole of a process."""
     # DeepSpeed calls them in every step, and each line would hide what a process says when it dies.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    Console.install()
     read_environment()
     watchdog = Watchdog.start()
     try:

@@ -135,7 +135,7 @@ def test_the_launcher_is_killed_then_sigterm_saves_and_stops(tiny: Path, tmp_pat
 
 def test_a_mistake_of_the_user_is_not_tried_again(tiny: Path, tmp_path: Path) -> None:
     hostfile, run_dir, output = tmp_path / "hosts", tmp_path / "run", tmp_path / "output"
-    hostfile.write_text("localhost slots=2\n")
+    hostfile.write_text("localhost slots=1\n")
     argv = arguments(tiny, run_dir, f"data.tokenizer={tmp_path}/none.model")
     with started(relaunch(hostfile, *argv), output) as process:
         assert process.wait(120) == 2
@@ -183,3 +183,17 @@ def test_srun_and_without_a_launcher_to_end_it_the_other_rank_ends(tiny: Path, t
     assert "2 processes on cpu" in said
     cause = f"rank 1 on {os.uname().nodename} (process {second.pid}) is gone: it was killed or crashed"
     assert f"ends: {cause}" in said
+
+
+def test_whose_output_is_read_no_more_saves_and_stops(tiny: Path, tmp_path: Path) -> None:
+    """As when `deepspeed --hostfile` gets Ctrl-C: ssh is closed first, then the processes are told."""
+    steps = ("stages.0.steps=100000", "training.checkpoint_every=100000", "training.log_every=1")
+    command = [sys.executable, "-m", "eve.pretrain", *arguments(tiny, tmp_path / "run", *steps)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.split()[:2] == [b"step", b"3/100,000"]:
+            break
+    process.stdout.close()
+    assert process.wait(60) == 143
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1

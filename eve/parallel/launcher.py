@@ -3,14 +3,20 @@
 `deepspeed` and `torchrun` set these. What SLURM sets is translated:
 
     srun --nodes 4 --ntasks-per-node 8 python -m eve.pretrain ...
+
+And what it does to a process that it leaves: `deepspeed --hostfile`, stopped by Ctrl-C, closes the ssh
+connections at once, so that the next line printed would be an error in a run that is saving.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
+import sys
 from collections.abc import MutableMapping
+from typing import Any, TextIO
 
 import psutil
 
@@ -28,6 +34,39 @@ def read_environment(environment: MutableMapping[str, str] = os.environ) -> None
         interface = _interface_of(own_address(environment["MASTER_ADDR"]))
         if interface is not None:
             environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+class Console:
+    """stdout or stderr of a process that saves and stops, as for SIGTERM, when nobody reads it any more."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._closed = False
+
+    @classmethod
+    def install(cls) -> None:
+        sys.stdout, sys.stderr = cls(sys.stdout), cls(sys.stderr)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except BrokenPipeError:
+            self._stop()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._stop()
+
+    def _stop(self) -> None:
+        if not self._closed:
+            self._closed = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _translate_slurm(environment: MutableMapping[str, str]) -> None:

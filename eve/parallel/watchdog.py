@@ -24,6 +24,7 @@ import selectors
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -86,7 +87,8 @@ class Watchdog:
             self._end(f"no process of rank 0 has answered at {address} for {ARRIVAL} s, or it is gone again")
         except OSError as error:
             # A firewall that lets only some ports through. The run may still work.
-            os.write(2, f"{self._name} goes on without a watchdog: {error}\n".encode())
+            with suppress(OSError):
+                os.write(2, f"{self._name} goes on without a watchdog: {error}\n".encode())
             return
         hello = {"token": token, "rank": self.rank, "name": f"{self._name} (process {os.getpid()})"}
         peer = _Peer(connection)
@@ -130,8 +132,9 @@ class Watchdog:
         return socket.create_connection((where[0], where[1]), timeout=SILENCE), where[2], where[3]
 
     def _end(self, cause: str) -> NoReturn:
-        # Not through sys.stderr, whose lock the main thread may hold.
-        os.write(2, f"{self._name} ends: {cause}\n".encode())
+        # Not through sys.stderr, whose lock the main thread may hold. Nobody may be there to read it.
+        with suppress(OSError):
+            os.write(2, f"{self._name} ends: {cause}\n".encode())
         os._exit(1)
 
 
