@@ -61,9 +61,8 @@ def table(plans: list[Plan], chosen: Plan, rows: int) -> str:
         layout = plan.layout
         shown.setdefault((layout.tensor, layout.expert, layout.zero_stage), plan)
     alone = [plan for (tensor, expert, _), plan in shown.items() if tensor == expert == 1]
-    kept = list(shown.values())[:rows]
-    kept += [plan for plan in (chosen, *alone) if plan not in kept]
-    return "\n".join([COLUMNS, *(_line(plan, plan is chosen) for plan in kept)])
+    kept = {id(plan): plan for plan in (*list(shown.values())[:rows], chosen, *alone)}
+    return "\n".join([COLUMNS, *(_line(plan, plan is chosen) for plan in kept.values())])
 
 
 def _line(plan: Plan, chosen: bool) -> str:
@@ -92,8 +91,9 @@ def details(plan: Plan, memory_of_gpu: float) -> str:
         "",
         f"GiB on a GPU of {memory_of_gpu / _GIB:.1f}       weights  gradients  fp32 copy, moments",
     ]
+    spread = plan.layout.expert > 1
     for name, number, parts in (
-        ("dense", weights.dense, (memory.weights, memory.gradients, memory.optimizer)),
+        ("dense" if spread else "all", weights.dense, (memory.weights, memory.gradients, memory.optimizer)),
         (
             "experts",
             weights.experts,
@@ -101,9 +101,10 @@ def details(plan: Plan, memory_of_gpu: float) -> str:
         ),
     ):
         sizes = [size / _GIB for size in parts]
-        lines.append(
-            f"  {name:8} {number / 1e6:7,.1f}M learn {sizes[0]:9.2f} {sizes[1]:10.2f} {sizes[2]:19.2f}"
-        )
+        if number:
+            lines.append(
+                f"  {name:8} {number / 1e6:7,.1f}M learn {sizes[0]:9.2f} {sizes[1]:10.2f} {sizes[2]:19.2f}"
+            )
     lines += [
         f"  a pass: activations {memory.activations / _GIB:.2f}, logits of words "
         f"{memory.logits / _GIB:.2f}; or the update: {memory.step / _GIB:.2f}; "
@@ -211,24 +212,27 @@ def run(options: argparse.Namespace) -> int:
     plans, refused = planner.all(fixed_by(options.overrides, recipe, options.zero))
     chosen = best(plans)
     hosts = -(-options.gpus // options.gpus_per_host)
-    print(
+    reasons = [
+        f"refused: data {layout.data} x tensor {layout.tensor}, expert {layout.expert}: {reason}\n"
+        for reason, layout in list(refused.items())[:4]
+    ]
+    hours = stage.steps * chosen.time.total / 3600
+    text = [
         f"{recipe.name}, stage {stage.name}: {planner.samples:,} samples a step on {options.gpus} "
         f"{options.gpu} in {hosts} host{'s' if hosts > 1 else ''}; {len(plans)} layouts, "
-        f"{sum(plan.fits for plan in plans)} fit\n"
-    )
-    print(table(plans, chosen, options.rows))
-    print("(s: with sequence parallelism; c: with activation checkpointing; the best micro-batch of each)\n")
-    for reason, layout in list(refused.items())[:4]:
-        print(f"refused: data {layout.data} x tensor {layout.tensor}, expert {layout.expert}: {reason}\n")
-    print(details(chosen, gpu.memory))
-    hours = stage.steps * chosen.time.total / 3600
-    print(f"the stage of {stage.steps:,} steps: {hours:,.0f} hours, {hours * options.gpus:,.0f} GPU hours\n")
-    print(command(chosen, recipe, options.recipe, options.overrides, options.gpus_per_host))
-    print(
+        f"{sum(plan.fits for plan in plans)} fit\n",
+        table(plans, chosen, options.rows),
+        "(s: with sequence parallelism; c: with activation checkpointing; the best micro-batch of each)\n",
+        *reasons,
+        details(chosen, gpu.memory),
+        f"the stage of {stage.steps:,} steps: {hours:,.0f} hours, {hours * options.gpus:,.0f} GPU hours\n",
+        command(chosen, recipe, options.recipe, options.overrides, options.gpus_per_host),
         f"\nassumed: {gpu.name} of {gpu.peak / 1e12:.0f} TFLOP/s (bf16, dense), {gpu.memory / _GIB:.1f} GiB "
         f"at {gpu.hbm / 1e12:.1f} TB/s, {gpu.link / 1e9:.0f} GB/s to others of its host, "
-        f"{gpu.network / 1e9:.0f} GB/s over the network; {given.describe()}; ds_configs/ as they are"
-    )
+        f"{gpu.network / 1e9:.0f} GB/s over the network; {given.describe()}; ds_configs/ as they are",
+    ]
+    # In one piece, so that `| head` breaks no pipe.
+    print("\n".join(text))
     return 0
 
 

@@ -15,7 +15,7 @@ from eve.config import Model, Recipe, Stage
 from eve.errors import UserError
 from eve.objectives.masking import num_masked_patches
 from eve.parallel.topology import check_degrees
-from eve.training.ds_config import DS_CONFIGS, read_ds_config, resolve_ds_config
+from eve.training.ds_config import DS_CONFIGS, read_ds_config, resolve_ds_config, state_format
 
 # What a forward pass takes from a source with pictures and from one with texts.
 IMAGE_OBJECTIVES = ("masked_image", "masked_pair")
@@ -51,6 +51,13 @@ class Layout:
     @property
     def ds_config(self) -> str:
         return f"zero{self.zero_stage}_{self.precision}.json"
+
+    @property
+    def reduces_to_owners(self) -> bool:
+        """Whether DeepSpeed reduces each gradient to the rank that owns it, instead of to all."""
+        tree = _ds_tree(self.ds_config)
+        everywhere = tree["zero_optimization"].get("use_multi_rank_bucket_allreduce", True)
+        return self.zero_stage in (1, 2) and state_format(tree) == "ZeRO" and not everywhere
 
     @property
     def item(self) -> int:

@@ -20,7 +20,7 @@ from eve.training.ds_config import routing_group
 Choice = TypeVar("Choice", int, bool)
 
 # Of two layouts whose predicted time differs by less, the simpler one is taken.
-EQUAL = 0.03
+EQUAL = 0.05
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Plan:
     @property
     def complexity(self) -> tuple[int, ...]:
         layout = self.layout
-        return layout.tensor, layout.checkpointing, layout.expert, layout.zero_stage, -layout.micro_batch
+        crossing = layout.expert > layout.host
+        experts = (crossing, layout.expert)
+        return layout.tensor, layout.checkpointing, *experts, layout.zero_stage, -layout.micro_batch
 
 
 @dataclass(frozen=True)

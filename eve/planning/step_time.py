@@ -2,8 +2,8 @@
 
 A pass takes the longer of its operations at an assumed utilisation and of the launches of its kernels: a
 small micro-batch leaves a big GPU waiting for its host. Communication is awaited (ZeRO 1 reduces after the
-last backward, tensor and expert collectives are in the way of what follows), but for the gradients of ZeRO 2
-and 3, which are reduced beside the backward.
+last backward, tensor and expert collectives are in the way of what follows), but for a part of the gradients
+of ZeRO 2 and 3, which are reduced beside the backward.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Assumptions:
         launch: seconds between two kernels where the host is the bottleneck. kernels: of one block, forward.
         efficiency: share of a link's bandwidth that a collective reaches.
         latency: seconds of a small collective inside a host. network_latency: over hosts.
+        overlap: share of the gradients of ZeRO 2 and 3 that is reduced beside the backward.
         text_length: mean tokens of a text, [CLS] and [SEP] included.
     """
 
@@ -72,6 +73,7 @@ class Assumptions:
     efficiency: float = 0.75
     latency: float = 15e-6
     network_latency: float = 40e-6
+    overlap: float = 0.5
     text_length: float = 16.0
 
     def describe(self) -> str:
@@ -79,8 +81,9 @@ class Assumptions:
             f"{self.mfu:.0%} of the bf16 peak in a large pass, at least {self.kernels} kernels of "
             f"{1e6 * self.launch:.0f} us for a block forward and twice that backward, {self.efficiency:.0%} "
             f"of a link's bandwidth, {1e6 * self.latency:.0f} us a collective of two inside a host and "
-            f"{1e6 * self.network_latency:.0f} us over hosts, for each doubling of ranks; gradients of "
-            f"ZeRO 2 and 3 beside the backward; texts of {self.text_length:g} tokens, experts equally "
+            f"{1e6 * self.network_latency:.0f} us over hosts, for each doubling of ranks; "
+            f"{self.overlap:.0%} of the gradients of ZeRO 2 and 3 reduced beside the backward; "
+            f"texts of {self.text_length:g} tokens, experts equally "
             "used, data never late"
         )
 
@@ -154,7 +157,7 @@ def step_time(
     for transfer in found:
         seconds = seconds_of(transfer, gpu, given)
         if layout.zero_stage >= 2 and transfer.what == "gradients":
-            # Reduced beside the backward, two thirds of the computing.
-            seconds = max(0.0, seconds - 2 / 3 * computing)
+            # The backward is two thirds of the computing.
+            seconds -= min(given.overlap * seconds, 2 / 3 * computing)
         communication += seconds
     return StepTime(computing, moved / gpu.hbm, communication, total_model, total_hardware)

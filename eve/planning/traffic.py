@@ -5,6 +5,7 @@ Collectives. A rank of n that holds or wants S bytes in all sends at least, and 
 
     all-reduce                      2 (n - 1) / n S
     all-gather, reduce-scatter        (n - 1) / n S      S is the whole tensor
+    reduce to one rank                (n - 1) / n S      on average over the ranks
     all-to-all                        (n - 1) / n S      S is what one rank has for all
 
 Of n ranks on hosts with m of them each, one in m sends over the network in a ring, so (1 / m) of the bytes
@@ -17,6 +18,7 @@ ds_configs/ say, weights of w bytes; Rajbhandari et al. 2020, section 7):
     ZeRO 1    least: reduce-scatter 4 N, all-gather w N
               sent: all-reduce 4 N (each rank then drops what others own), all-gather w N
     ZeRO 2    least: as ZeRO 1.   sent: all-reduce 4 N of what a pass used after each pass, all-gather w N
+              (both, but for bf16 at stage 1: reduce 4 N where `use_multi_rank_bucket_allreduce` is false)
     ZeRO 3    least: reduce-scatter 4 N, all-gather w N once.   sent, at most: reduce-scatter 4 N, and what a
               pass uses all-gathered for its forward and for its backward; what is used again soon or is
               small (`stage3_*` of ds_configs/) is kept
@@ -54,7 +56,7 @@ from eve.config import Model
 from eve.planning.layout import Layout, Pass, routed_blocks
 from eve.planning.weights import Weights
 
-FACTOR = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
+FACTOR = {"all_reduce": 2, "reduce": 1, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ def _averages(layout: Layout, weights: Weights, passes: list[Pass]) -> list[Tran
         reduced = used if stage == 2 else numbers
         count = num_passes if stage == 2 else 1
         least = None if stage == 0 else part * 4 * numbers
-        found.append(Transfer("gradients", "all_reduce", ranks, layout.host, 4 * reduced, count, least))
+        kind = "reduce" if layout.reduces_to_owners else "all_reduce"
+        found.append(Transfer("gradients", kind, ranks, layout.host, 4 * reduced, count, least))
         if stage:
             found.append(Transfer("weights", "all_gather", ranks, layout.host, item * numbers, 1))
     return found

@@ -92,7 +92,7 @@ def test_checkpointing_where_memory_is_short() -> None:
 
 
 def test_why_layouts_are_left_out() -> None:
-    _, refused = planner("eve_large", 256, "h200").all(Fixed())
+    _, refused = planner("eve_large", 256, "h200", "model.feed_forward.1.group_size=16").all(Fixed())
     (reason,) = refused
     assert "8 samples, which is not a multiple of 16, the group_size" in reason
     assert refused[reason].data == 256

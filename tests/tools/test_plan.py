@@ -50,7 +50,7 @@ def test_a_run_takes_the_printed_command(argv: list[str], capsys: pytest.Capture
         (["--gpus", "8", "--gpu", "h100", "parallel.expert=5"], "parallel.expert 5 does not divide"),
         (["--gpus", "8", "--gpu", "h100", "parallel.tenso=2"], "did you mean tensor?"),
         (["--gpus", "8", "--gpu", "h100", "--zero", "3"], "stage 3, which is for recipes without a topk"),
-        (["--gpus", "8", "--gpu", "h100", "training.micro_batch_size=8"], "the group_size of the routers"),
+        (["--gpus", "8", "--gpu", "h100", "training.micro_batch_size=4"], "the group_size of the routers"),
         (
             ["--gpus", "1", "--gpu", "a100-40", "training.micro_batch_size=2048"],
             "no layout fits: the smallest needs",
