@@ -26,16 +26,25 @@ DENSE = ("model.feed_forward.1.router=modality", "model.feed_forward.1.num_exper
 def train(
     pool: RankPool, recipe: Path, run_dir: Path, layout: Layout, *more: str, config: str | None = None
 ) -> None:
-    """A run, or with "--resume" what is left of one; with a file of ds_configs/, or that of the layout."""
-    config = config or f"zero{layout.zero_stage}_{layout.precision}.json"
+    """A run, with a file of ds_configs/, or that of the layout."""
     argv = [
-        *("--recipe", str(recipe), "--run_dir", str(run_dir)),
-        *("--deepspeed_config", str(Path("ds_configs", config))),
+        *("--recipe", str(recipe), "--run_dir", str(run_dir), *config_of(layout, config)),
         f"parallel.tensor={layout.tensor}",
         f"parallel.expert={layout.expert}",
         *more,
     ]
     assert pool.run(pretrain_as_first, argv) == [0] * pool.num_ranks
+
+
+def resume(pool: RankPool, run_dir: Path, layout: Layout, config: str | None = None) -> None:
+    """What is left of a run; its recipe has the degrees of its layout."""
+    argv = ["--recipe", str(run_dir / "recipe.yaml"), "--resume", *config_of(layout, config)]
+    assert pool.run(pretrain_as_first, argv) == [0] * pool.num_ranks
+
+
+def config_of(layout: Layout, config: str | None) -> list[str]:
+    config = config or f"zero{layout.zero_stage}_{layout.precision}.json"
+    return ["--deepspeed_config", str(Path("ds_configs", config))]
 
 
 def pretrain_as_first(argv: list[str]) -> int:
@@ -90,11 +99,11 @@ def assert_same_files(ours: Path, engines: Path) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
-def losses(run_dir: Path, after: int) -> dict[str, list[float]]:
+def losses(run_dir: Path) -> dict[str, list[float]]:
+    """What a run has logged, also what a run that it was moved from had."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     names = ("loss/masked_image", "loss/masked_text", "grad_norm")
-    late = [line for line in lines if line["step"] > after]
-    return {name: [line[name] for line in late if name in line] for name in names}
+    return {name: [line[name] for line in lines if name in line] for name in names}
 
 
 def write_trained(recipe: Recipe, directory: Path, step: int = 4) -> None:
