@@ -345,6 +345,8 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--only is '{options.only}', expected a part of one of {[x[0] for x in LAYOUTS]}")
     expected = [predicted(*recipe) for recipe in recipes]
     private = own_network()
+    # Nobody resolves names in a namespace of its own, and torch says so for each connection.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]

@@ -143,9 +143,11 @@ def best(plans: list[Plan]) -> Plan:
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         least = min(plans, key=lambda plan: plan.memory.total)
+        moments = least.memory.optimizer + least.memory.expert_optimizer
         raise UserError(
             f"no layout fits: the smallest needs {least.memory.total / 2**30:.1f} GiB on each GPU "
-            f"({least.layout.describe()})"
+            f"({least.layout.describe()}), {moments / 2**30:.1f} of which a ds_configs/*_offload.json would keep "
+            "on the host"
         )
     limit = min(plan.time.total for plan in fitting) * (1 + EQUAL)
     return min(
