@@ -146,8 +146,8 @@ def best(plans: list[Plan]) -> Plan:
         moments = least.memory.optimizer + least.memory.expert_optimizer
         raise UserError(
             f"no layout fits: the smallest needs {least.memory.total / 2**30:.1f} GiB on each GPU "
-            f"({least.layout.describe()}), {moments / 2**30:.1f} of which a ds_configs/*_offload.json would keep "
-            "on the host"
+            f"({least.layout.describe()}), {moments / 2**30:.1f} of which a "
+            "ds_configs/*_offload.json would keep on the host"
         )
     limit = min(plan.time.total for plan in fitting) * (1 + EQUAL)
     return min(
