@@ -48,8 +48,8 @@ from eve.training.ds_config import (
     state_format,
     zero_stage,
 )
-from eve.training.export import check_weights
 from eve.training.loop import Run, TrainState
+from eve.training.stages import check_stage
 
 # What a resumed run may change in the recipe: how it runs (what of it changes results is compared apart), and
 # where its data lie (their content is compared: the tokenizer's bytes, names and counts of the shards).
@@ -132,8 +132,7 @@ def prepare(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
     ds_tree = read_ds_config(where)
     for stage in recipe.stages:
         resolve_ds_config(ds_tree, recipe, stage, topology.data, cuda=cuda, where=where)
-        if stage.init_from is not None:
-            check_weights(Path(stage.init_from), recipe.model)
+        check_stage(recipe, stage)
     try:
         tokenizer = load_data(recipe)
     except UserError as error:

@@ -94,6 +94,8 @@ def test_recipe_is_not_yaml(mistake: Mistake, tmp_path: Path) -> None:
         ("model.vocab_size=4000", "pieces, model.vocab_size is 4000"),
         ("data.sources.pairs.mix.0.shards=nowhere/*.tar", "nowhere/*.tar"),
         ("stages.0.init_from=nowhere", "nowhere is not an exported model"),
+        ("parallel.tensor=2", "parallel.tensor 2 does not divide the 1 processes"),
+        ("parallel.expert=4", "parallel.expert 4 does not divide the 1 processes"),
         ("model.hidden=1000000000", "no space left for checkpoints"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,22 +14,23 @@ from eve.errors import UserError
 from eve.parallel.sharding import canonical
 
 
-def freeze(module: nn.Module, trainable: Sequence[str]) -> list[str]:
-    """Sets `requires_grad` by name patterns (fnmatch); returns the names that learn.
-
-    Raises UserError where a pattern matches no parameter.
-    """
-    names = [canonical(name) for name, _ in module.named_parameters()]
+def learning_names(names: Collection[str], trainable: Sequence[str]) -> list[str]:
+    """Of those names, the ones that a pattern (fnmatch) matches. Raises UserError where one matches none."""
     for pattern in trainable:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(
-                f"stages.trainable has the pattern '{pattern}', which matches no parameter such as {names[0]}"
+                f"stages.trainable has the pattern '{pattern}', which matches no parameter such as "
+                f"{next(iter(names))}"
             )
-    learning = []
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in trainable)]
+
+
+def freeze(module: nn.Module, trainable: Sequence[str]) -> list[str]:
+    """Sets `requires_grad` by name patterns; returns the names that learn. Raises as learning_names does."""
+    names = [canonical(name) for name, _ in module.named_parameters()]
+    learning = learning_names(names, trainable)
     for name, parameter in zip(names, module.parameters(), strict=True):
-        parameter.requires_grad = any(fnmatchcase(name, pattern) for pattern in trainable)
-        if parameter.requires_grad:
-            learning.append(name)
+        parameter.requires_grad = name in learning
     return learning
 
 

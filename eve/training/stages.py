@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from eve.config import Recipe, Stage
-from eve.model import build_model
+from eve.errors import UserError
+from eve.model import build_model, parameter_shapes
 from eve.objectives import build_objective
 from eve.parallel.layers import parallel_layers
+from eve.parallel.sharding import EXPERT, placement
 from eve.parallel.topology import Topology
 from eve.training.engine import EngineModule
-from eve.training.export import load_weights
-from eve.training.optimizer import freeze
+from eve.training.export import check_weights, load_weights
+from eve.training.optimizer import freeze, learning_names
 
 
 def build_stage(
@@ -40,6 +42,20 @@ def build_stage(
         model.compile_blocks()
     objectives = {stream.name: build_objective(stream, recipe.model) for stream in stage.streams}
     return EngineModule(model, objectives, topology)
+
+
+def check_stage(recipe: Recipe, stage: Stage) -> None:
+    """Raises UserError where its weights cannot be those of the model or cannot learn so; builds nothing."""
+    if stage.init_from is not None:
+        check_weights(Path(stage.init_from), recipe.model)
+    names = parameter_shapes(recipe.model).keys()
+    learning = learning_names(names, stage.trainable)
+    if recipe.parallel.expert > 1 and EXPERT not in [placement(name, names) for name in learning]:
+        # DeepSpeed's optimizers expect some.
+        raise UserError(
+            f"stage {stage.name} trains no expert of a learned router, but parallel.expert is "
+            f"{recipe.parallel.expert}; give 1"
+        )
 
 
 def stage_at(recipe: Recipe, step: int) -> tuple[int, int]:

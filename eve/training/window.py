@@ -42,7 +42,7 @@ class Window:
             self.add(f"router/{stats.layer}/calls", 1.0)
 
     def fetch(self, topology: Topology) -> dict[str, Tensor]:
-        """The sums over data-parallel ranks, on the CPU; starts a new window. All ranks have the same names."""
+        """Sums over data-parallel ranks, on the CPU; starts a new window. All ranks have the same names."""
         names = sorted(self._sums)
         if not names:
             return {}
@@ -59,7 +59,7 @@ class Window:
         return held[:: topology.tensor]
 
     def load(self, states: list[dict[str, Any]], topology: Topology) -> None:
-        """With as many data-parallel ranks as before each gets its own again, otherwise the first gets all."""
+        """With as many data-parallel ranks as before each gets its own, otherwise the first gets the sum."""
         self._sums = {}
         same = len(states) == topology.data
         for rank, sums in enumerate(states):

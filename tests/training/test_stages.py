@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 
 from eve import pretrain
 from eve.config import load_recipe
+from eve.errors import UserError
 from eve.training.export import load_exported
-from eve.training.stages import stage_at
+from eve.training.stages import check_stage, stage_at
 from tests.test_resume import arguments, kill, metrics, run_in_child
+from tests.tiny import tiny_recipe
 
 TWO_STAGES = (
     "stages=[{name: images, steps: 6, lr: 1.0e-2, schedule: constant, trainable: ['encoder.*', 'decoder.*'],"
@@ -116,3 +118,14 @@ def test_micro_batches_change_rounding_only(tiny: Path, tmp_path: Path) -> None:
         lines[size] = [line for line in metrics(run_dir) if "lr" in line]
     for whole, cut in zip(lines[16], lines[4], strict=True):
         assert cut == pytest.approx(whole, rel=1e-4)
+
+
+def test_spread_experts_have_to_learn(tiny: Path) -> None:
+    frozen = "stages.0.trainable=['decoder.*']"
+    recipe = tiny_recipe(tiny, frozen)
+    check_stage(recipe, recipe.stages[0])
+    recipe = tiny_recipe(tiny, frozen, "parallel.expert=2")
+    with pytest.raises(UserError, match="stage pretrain trains no expert of a learned router"):
+        check_stage(recipe, recipe.stages[0])
+    recipe = tiny_recipe(tiny, "stages.0.trainable=['*.experts.*']", "parallel.expert=2")
+    check_stage(recipe, recipe.stages[0])
