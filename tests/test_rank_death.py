@@ -20,10 +20,10 @@ from tests.test_resume import arguments, metrics
 
 ROOT = Path(__file__).parents[1]
 ZERO = ("--deepspeed_config", "ds_configs/zero1_fp32.json")
-STEPS = 40
-LONG = (f"stages.0.steps={STEPS}", "training.checkpoint_every=5", "training.log_every=1")
-# The proof is ten; every one costs a start of four processes.
+# Ten for the README; each costs a start of four processes.
 KILLS = int(os.environ.get("EVE_KILLS", "2"))
+STEPS = 4 * max(KILLS, 5)
+LONG = (f"stages.0.steps={STEPS}", "training.checkpoint_every=5", "training.log_every=1")
 
 
 @contextmanager
