@@ -1,0 +1,192 @@
+"""The masked text loss against its formula in fp64, on every path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.masked_text_loss import (
+    Scale,
+    TextLoss,
+    masked_text_loss,
+    masked_text_loss_definition,
+    to_gradient,
+)
+
+# Rows, width, words: one row; no row; a row shorter and longer than a block of the kernel; odd everything.
+SHAPES = [(1, 3, 5), (0, 4, 7), (7, 24, 33), (5, 40, 4096), (3, 17, 4099), (37, 8, 300)]
+
+
+def drawn(
+    shape: tuple[int, int, int], device: str, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, width, words = shape
+    generator = torch.Generator().manual_seed(rows * 1000 + words)
+    x_KD = torch.randn(rows, width, generator=generator)
+    weight_VD = torch.randn(words, width, generator=generator) * width**-0.5 * 2
+    bias_V = torch.randn(words, generator=generator)
+    target_K = torch.randint(words, (rows,), generator=generator).to(device)
+    leaves = [each.to(device, dtype).requires_grad_() for each in (x_KD, weight_VD, bias_V)]
+    return *leaves, target_K  # pyright: ignore
+
+
+def oracle(
+    x_KD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_K: Tensor, smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, cross-entropy, hit) by the docstring's formula."""
+    logits_KV = x_KD @ weight_VD.t() + (0 if bias_V is None else bias_V)
+    lse_K = logits_KV.exp().sum(-1).log()
+    nats_K = lse_K - logits_KV[torch.arange(len(target_K)), target_K]
+    uniform_K = lse_K - logits_KV.mean(-1)
+    loss_K = (1 - smoothing) * nats_K + smoothing * uniform_K + z_loss * lse_K**2
+    return loss_K, nats_K, logits_KV.max(-1).indices == target_K
+
+
+def in_fp64(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.detach().double().cpu().requires_grad_() for t in tensors]
+
+
+def check(
+    found: TextLoss, leaves: list[Tensor | None], target_K: Tensor, options: tuple[float, float], tolerance
+):
+    """Loss and gradients of a loss with another weight on each row."""
+    wide = in_fp64(leaves)
+    loss_K, nats_K, right_K = oracle(*wide, target_K.cpu(), *options)  # pyright: ignore
+    torch.testing.assert_close(found.loss_K.double().cpu(), loss_K.detach(), **tolerance)
+    torch.testing.assert_close(found.nats_K.double().cpu(), nats_K.detach(), **tolerance)
+    weight_K = torch.linspace(-0.5, 1.5, len(target_K), dtype=torch.float64)
+    (found.loss_K * weight_K.to(found.loss_K)).sum().backward()
+    (loss_K * weight_K).sum().backward()
+    for narrow, exact in zip(leaves, wide, strict=True):
+        if narrow is not None:
+            torch.testing.assert_close(narrow.grad.double().cpu(), exact.grad, **tolerance)  # pyright: ignore
+    if tolerance["atol"] < 1e-3:
+        assert torch.equal(found.right_K.cpu(), right_K)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("options", [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-3), (0.2, 1e-2)])
+def test_loss_and_gradients_follow_the_formula(path: str, shape, options):
+    *leaves, target_K = drawn(shape, path)
+    found = masked_text_loss(*leaves, target_K, smoothing=options[0], z_loss=options[1])
+    check(found, leaves, target_K, options, {"rtol": 1e-4, "atol": 1e-5})
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_in_chunks_give_the_same(path: str, shape):
+    *leaves, target_K = drawn(shape, path)
+    found = masked_text_loss(*leaves, target_K, smoothing=0.1, z_loss=1e-2, max_logit_bytes=2 * 4 * shape[2])
+    check(found, leaves, target_K, (0.1, 1e-2), {"rtol": 1e-4, "atol": 1e-5})
+
+
+@pytest.mark.parametrize("chunk_rows", [5, 100])
+def test_bf16_within_rounding(path: str, chunk_rows: int):
+    shape = (23, 32, 517)
+    *leaves, target_K = drawn(shape, path, torch.bfloat16)
+    found = masked_text_loss(*leaves, target_K, max_logit_bytes=chunk_rows * 2 * shape[2])
+    assert all(narrow.dtype == torch.float32 for narrow in (found.loss_K, found.nats_K))
+    check(found, leaves, target_K, (0.0, 0.0), {"rtol": 2**-7, "atol": 2**-6})
+
+
+def test_without_bias(path: str):
+    x_KD, weight_VD, _, target_K = drawn((7, 24, 33), path)
+    found = masked_text_loss(x_KD, weight_VD, None, target_K)
+    check(found, [x_KD, weight_VD, None], target_K, (0.0, 0.0), {"rtol": 1e-4, "atol": 1e-5})
+
+
+def test_only_the_given_rows_get_a_gradient(path: str):
+    x_ND, weight_VD, bias_V, _ = drawn((9, 24, 33), path)
+    row_K = torch.tensor([7, 0, 3], device=path)
+    target_K = torch.tensor([32, 1, 0], device=path)
+    found = masked_text_loss(x_ND, weight_VD, bias_V, target_K, row_K)
+    alone_KD = x_ND.detach()[row_K].requires_grad_()
+    masked_text_loss(alone_KD, weight_VD, bias_V, target_K).loss_K.sum().backward()
+    found.loss_K.sum().backward()
+    others = torch.ones(9, dtype=torch.bool, device=path)
+    others[row_K] = False
+    assert torch.equal(x_ND.grad[row_K], alone_KD.grad)  # pyright: ignore
+    assert not x_ND.grad[others].any()  # pyright: ignore
+
+
+def test_non_contiguous_inputs(path: str):
+    x_KD, weight_VD, bias_V, target_K = drawn((7, 24, 33), path)
+    target_K = target_K.repeat_interleave(2)[::2]
+    turned = [x_KD.detach().t().contiguous().t(), weight_VD.detach().t().contiguous().t(), bias_V.detach()]
+    leaves = [each.requires_grad_() for each in turned]
+    check(masked_text_loss(*leaves, target_K), leaves, target_K, (0, 0), {"rtol": 1e-4, "atol": 1e-5})
+
+
+def test_of_equal_logits_the_first_is_the_most_likely(path: str):
+    weight_VD = torch.zeros(5000, 2, device=path)
+    bias_V = torch.zeros(5000, device=path)
+    bias_V[[40, 41, 4500]] = 3.0
+    target_K = torch.tensor([40, 41, 4500, 0], device=path)
+    found = masked_text_loss(torch.ones(4, 2, device=path), weight_VD, bias_V, target_K)
+    assert found.right_K.tolist() == [True, False, False, False]
+
+
+def test_large_logits_do_not_overflow(path: str):
+    x_KD = torch.full((2, 1), 300.0, device=path)
+    weight_VD = torch.tensor([[1.0], [-1.0], [0.5]], device=path)
+    found = masked_text_loss(x_KD, weight_VD, None, torch.tensor([0, 1], device=path))
+    assert found.nats_K.tolist() == [0.0, 600.0]
+
+
+def test_two_runs_are_bit_equal(path: str):
+    runs = []
+    for _ in range(2):
+        *leaves, target_K = drawn((37, 8, 300), path)
+        found = masked_text_loss(*leaves, target_K, smoothing=0.1, max_logit_bytes=16 * 4 * 300)
+        found.loss_K.sum().backward()
+        runs.append([found.loss_K, *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_without_gradient_nothing_is_kept(path: str):
+    *leaves, target_K = drawn((7, 24, 33), path)
+    with torch.no_grad():
+        found = masked_text_loss(*leaves, target_K)
+    assert not found.loss_K.requires_grad
+    torch.testing.assert_close(found.loss_K, masked_text_loss(*leaves, target_K).loss_K.detach())
+
+
+def test_backward_twice(path: str):
+    *leaves, target_K = drawn((7, 24, 33), path)
+    loss_K = masked_text_loss(*leaves, target_K).loss_K
+    first = torch.autograd.grad(loss_K.sum(), leaves, retain_graph=True)
+    second = torch.autograd.grad(loss_K.sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_activation_checkpointing_and_compile_take_it(path: str):
+    *leaves, target_K = drawn((7, 24, 33), path)
+
+    def total(x_KD, weight_VD, bias_V):
+        return masked_text_loss(x_KD, weight_VD, bias_V, target_K).loss_K.sum()
+
+    plain = torch.autograd.grad(total(*leaves), leaves)
+    again = torch.utils.checkpoint.checkpoint(total, *leaves, use_reentrant=False)
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")(*leaves)
+    for other in (again, compiled):
+        for a, b in zip(torch.autograd.grad(other, leaves), plain, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_rows_past_2_to_the_31_elements(path: str):
+    """Three rows that far apart, in memory that is reserved and never touched."""
+    stride = 2**30 + 64
+    whole = torch.empty(2 * stride + 8, dtype=torch.bfloat16, device=path)
+    logits_KV = whole.as_strided((3, 8), (stride, 1))
+    start_KV = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).bfloat16().to(path)
+    logits_KV.copy_(start_KV)
+    target_K = torch.tensor([0, 7, 3], device=path)
+    exact_KV = start_KV.double().softmax(-1) - torch.eye(8, device=path, dtype=torch.float64)[target_K]
+    to_gradient(logits_KV, target_K, start_KV.float().logsumexp(-1), 0, 8, Scale(0.0, 0.0, 8))
+    torch.testing.assert_close(logits_KV.double(), exact_KV, rtol=2**-8, atol=2**-10)
+
+
+def test_definition_is_the_same_function():
+    *leaves, target_K = drawn((7, 24, 33), "cpu")
+    found = masked_text_loss_definition(*leaves, target_K, 0.1, 1e-2)
+    check(found, leaves, target_K, (0.1, 1e-2), {"rtol": 1e-4, "atol": 1e-5})
