@@ -16,7 +16,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,8 +24,10 @@ from torch import Tensor
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
-# Any: type checkers run where triton is not installed.
-tl: Any = importlib.import_module("triton.language") if HAS_TRITON else None
+if TYPE_CHECKING:
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
+else:
+    tl = importlib.import_module("triton.language") if HAS_TRITON else None
 
 
 def jit(function: Callable[..., Any]) -> Any:

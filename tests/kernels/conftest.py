@@ -4,9 +4,9 @@
     interpreter   Triton's interpreter, on a CPU
     cuda          Triton, on a GPU
 
-Triton reads TRITON_INTERPRET once, when it is imported, and the process of the tests must not be in that state:
-it compiles kernels and models. So the interpreter's tests of a session run in one child process of pytest, and
-each reports here what the child found.
+Triton reads TRITON_INTERPRET once, when it is imported, and the process of the tests must not be in that
+state: it compiles kernels and models. So the interpreter's tests of a session run in one child process of
+pytest, and each reports here what the child found.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def path(request: pytest.FixtureRequest) -> str:
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
         return "cuda"
-    assert INTERPRETED == (request.param == "interpreter")
+    assert (request.param == "interpreter") == INTERPRETED
     return "cpu"
 
 
@@ -100,3 +100,17 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if REPORTS in os.environ:
         with open(os.environ[REPORTS], "a") as file:
             file.write(json.dumps(report._to_json()) + "\n")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What test_compile.py found each kernel to use."""
+    lines = [
+        value
+        for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+        for name, value in report.user_properties
+        if name == "resources" and report.when == "call"
+    ]
+    if lines and REPORTS not in os.environ:
+        terminalreporter.section("kernels as compiled")
+        for line in sorted(lines):
+            terminalreporter.write_line(line)
