@@ -57,7 +57,10 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         return None
     reports = reports_of_child(item.session)
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for report in reports.get(item.nodeid, [lost(item, reports)]):
+    mine = reports.get(item.nodeid, [])
+    if not any(report.when == "teardown" for report in mine):
+        mine = [*mine, lost(item, reports)]  # a wild pointer ends the child in the midst of a test
+    for report in mine:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
@@ -92,7 +95,7 @@ def reports_of_child(session: pytest.Session) -> dict[str, list[pytest.TestRepor
 
 
 def lost(item: pytest.Item, reports: dict[str, list]) -> pytest.TestReport:
-    text = f"the interpreter's process did not report this test; it said:\n{reports[''][0]}"
+    text = f"the interpreter's process ended before this test did; it said:\n{reports[''][0]}"
     return pytest.TestReport(item.nodeid, item.location, {}, "failed", text, "call")
 
 
