@@ -132,7 +132,7 @@ def prepare(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
     ds_tree = read_ds_config(where)
     for stage in recipe.stages:
         resolve_ds_config(ds_tree, recipe, stage, topology.data, cuda=cuda, where=where)
-        check_stage(recipe, stage)
+        check_stage(recipe, stage, ds_tree, where)
     try:
         tokenizer = load_data(recipe)
     except UserError as error:

@@ -90,10 +90,13 @@ def plain_steps(recipe: Recipe, steps: int, learning_rate: float, cut: int = BAT
     optimizer = torch.optim.AdamW(
         [
             {
-                "params": [p for n, p in parameters.items() if n not in bare],
+                "params": [p for n, p in parameters.items() if n not in bare and p.requires_grad],
                 "weight_decay": config.weight_decay,
             },
-            {"params": [p for n, p in parameters.items() if n in bare], "weight_decay": 0.0},
+            {
+                "params": [p for n, p in parameters.items() if n in bare and p.requires_grad],
+                "weight_decay": 0.0,
+            },
         ],
         lr=learning_rate,
         betas=config.betas,
@@ -152,23 +155,36 @@ def run_engine(
     batches: list[list[Sample]],
     learning_rate: float,
 ) -> Steps:
-    stage = recipe.stages[0]
     result = Steps([], [], {})
     for samples in batches:
-        whole = collate(samples)
-        size = BATCH // topology.data
-        share = samples[topology.data_rank * size :][:size]
-        micro = plan.micro_batch["pairs"]
-        cut = [collate(share[i : i + micro]) for i in range(0, size, micro)]
-        passes = [(stream, batch) for batch in cut for stream in stage.streams]
-        losses = dict.fromkeys((stream.name for stream in stage.streams), 0.0)
-        for number, (stream, batch) in enumerate(passes):
-            units = engine.module.objectives[stream.name].units(whole) / topology.data
-            loss, _ = engine.forward(stream.name, batch, units, 1 / plan.micro_batches(stream.source))
-            engine.backward(loss * stream.weight, last=number == len(passes) - 1)
-            losses[stream.name] += float(loss.detach())
-        assert engine.step(learning_rate)
+        made, losses = make_step(recipe, engine, plan, topology, samples, learning_rate)
+        assert made
         shares = topology.gather_objects(losses)[:: topology.tensor]
         result.losses.append({name: sum(s[name] for s in shares) / len(shares) for name in losses})
         result.norms.append(engine.gradient_norm)
     return replace(result, weights=engine.weights())
+
+
+def make_step(
+    recipe: Recipe,
+    engine: Engine,
+    plan: StepPlan,
+    topology: Topology,
+    samples: list[Sample],
+    learning_rate: float,
+) -> tuple[bool, dict[str, float]]:
+    """(the step was made, losses of the streams on this rank's share)."""
+    stage = recipe.stages[0]
+    whole = collate(samples)
+    size = BATCH // topology.data
+    share = samples[topology.data_rank * size :][:size]
+    micro = plan.micro_batch["pairs"]
+    cut = [collate(share[i : i + micro]) for i in range(0, size, micro)]
+    passes = [(stream, batch) for batch in cut for stream in stage.streams]
+    losses = dict.fromkeys((stream.name for stream in stage.streams), 0.0)
+    for number, (stream, batch) in enumerate(passes):
+        units = engine.module.objectives[stream.name].units(whole) / topology.data
+        loss, _ = engine.forward(stream.name, batch, units, 1 / plan.micro_batches(stream.source))
+        engine.backward(loss * stream.weight, last=number == len(passes) - 1)
+        losses[stream.name] += float(loss.detach())
+    return engine.step(learning_rate), losses

@@ -109,7 +109,7 @@ def step_contents(recipe_path: Path, num_workers: int, num_steps: int) -> list[l
     steps = []
     for _ in range(num_steps):
         data = feed.next(stop=False)
-        assert data.flags.tolist() == [0, 0]
+        assert data.flags.tolist() == [0, 0, 0]
         samples = next(batch.samples for stream, batch in data.passes if stream.source == "pairs")
         units = {name: float(value) * topology.world_size for name, value in data.units.items()}
         steps.append([{"sample": sample, "units": units} for sample in samples])

@@ -51,7 +51,7 @@ def initialise(
     std: float,
     rescale: bool,
 ) -> None:
-    """Fills parameters by their names. `shapes` are of the whole ones; `cut(name, whole)` is the part held."""
+    """Fills parameters by name. `shapes` are of the whole ones; `cut(name, whole)` is the part held."""
     for name, parameter in parameters.items():
         value = initial_value(name, shapes[name], seed, std, rescale)
         if value is not None:

@@ -53,9 +53,9 @@ class ModalityNorm(nn.Module):
         out = [
             F.layer_norm(part, width, self.weight[m], self.bias[m], self.eps)
             for m, part in enumerate(parts)
-            if part.shape[0]
+            if part.shape[0] or not x_TD.shape[0]
         ]
-        return out[0] if len(out) == 1 else torch.cat(out)
+        return out[0] if len(out) == 1 else torch.cat(out)  # no rows at all: keeps the gradients
 
 
 class Norm(nn.LayerNorm):

@@ -1,4 +1,4 @@
-"""Auxiliary losses of learned routers for each group of tokens: load balance (GShard, Switch), z-loss (ST-MoE).
+"""Auxiliary losses of learned routers, by groups of tokens: load balance (GShard, Switch), z-loss (ST-MoE).
 
 T token, E expert, G group.
 """

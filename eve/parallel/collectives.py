@@ -83,7 +83,11 @@ class CopyIn(torch.autograd.Function):
 class ReduceOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: Any) -> Tensor:
-        return all_reduce(x, group)
+        # In place: it is the fresh output of a product, which no backward needs.
+        x = x.contiguous()
+        ctx.mark_dirty(x)
+        dist.all_reduce(x, group=group)
+        return x
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -156,7 +160,7 @@ def _exchange(x_ND: Tensor, sends: list[int], receives: list[int], group: Any) -
 class SumGradients(torch.autograd.Function):
     """Nothing forward; the gradients of all tensors are summed in one all-reduce, in fp32, backward.
 
-    Where a tensor was not used on this rank, its part of the sum is zero.
+    Where one of the tensors was not used on this rank, its part of the sum is zero.
     """
 
     @staticmethod

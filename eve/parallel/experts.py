@@ -30,7 +30,7 @@ from deepspeed.utils import groups  # noqa: E402
 
 
 def expert_group(topology: Topology) -> Any:
-    """The ranks that share the experts; the group is made by the first call, which all ranks make together."""
+    """The ranks that share the experts. The first call makes the group; all ranks make it together."""
     name = f"ep_size_{topology.expert}"
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(topology.expert)
@@ -76,7 +76,9 @@ class ExpertParallelBank(MoE):
         # The one wait of the host for the device: sizes of what is sent and received.
         sends, receives = torch.stack([counts_E, received_E]).view(2, self.ep_size, -1).sum(-1).tolist()
         num_rows = sum(sends)
-        x_RD = AllToAll.apply(x_ND[:num_rows], sends, receives, self.group)
+        dropped = x_ND.shape[0] - num_rows
+        kept_ND = x_ND[:num_rows] if dropped else x_ND
+        x_RD: Tensor = AllToAll.apply(kept_ND, sends, receives, self.group)  # pyright: ignore
         expert_E = torch.arange(self.num_local_experts, device=x_ND.device).repeat(self.ep_size)
         expert_R = expert_E.repeat_interleave(received_E, output_size=sum(receives))
         order_R = expert_R.argsort(stable=True)
@@ -85,8 +87,8 @@ class ExpertParallelBank(MoE):
         ends_E = received_E.view(self.ep_size, -1).sum(0).cumsum(0).to(torch.int32)
         y_RD = bank(permute_rows(x_RD, order_R, inverse_R), ends_E)
         y_RD = permute_rows(y_RD, inverse_R, order_R)
-        y_ND = AllToAll.apply(y_RD, receives, sends, self.group)
-        return F.pad(y_ND, (0, 0, 0, x_ND.shape[0] - num_rows))  # pyright: ignore
+        y_ND: Tensor = AllToAll.apply(y_RD, receives, sends, self.group)  # pyright: ignore
+        return F.pad(y_ND, (0, 0, 0, dropped)) if dropped else y_ND
 
 
 def _one_by_one(bank: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

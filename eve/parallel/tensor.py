@@ -92,7 +92,8 @@ class RowLinear(nn.Linear):
         self.first = topology.tensor_rank == 0
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight, self.bias if self.first else None)
+        # Used on every rank: its gradient is summed over them, and a rank without one would not come.
+        return F.linear(input, self.weight, self.bias * self.first)
 
 
 class HiddenParallelBank(ExpertBank):
@@ -103,7 +104,7 @@ class HiddenParallelBank(ExpertBank):
         self.first = topology.tensor_rank == 0
 
     def output_bias(self) -> Tensor:
-        return self.b2_ED if self.first else torch.zeros_like(self.b2_ED)
+        return self.b2_ED * self.first
 
 
 class VocabParallelEmbedding(nn.Embedding):
@@ -132,6 +133,7 @@ class VocabParallelLinear(VocabLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(K, D) -> (K, V), gathered: for pictures, not for a loss."""
+        assert not torch.is_grad_enabled()
         logits_VK = self._logits(input).t()
         return Join.apply(logits_VK, [self.out_features] * self.size, 0, self.group).t()[:, : self.vocab_size]  # pyright: ignore
 
@@ -210,7 +212,7 @@ def _is_partial(name: str, parameter: nn.Parameter, names: set[str], sequence: b
 @contextmanager
 def partial_gradients(parameters: list[tuple[nn.Module, str]], group: Any) -> Iterator[None]:
     """Within it, what uses these parameters gets gradients that are summed over the tensor ranks, in one
-    all-reduce at the end of the backward."""
+    all-reduce at the end of each backward. Every rank has to use one of them at least, or none does."""
     originals = [module._parameters[attribute] for module, attribute in parameters]
     views = SumGradients.apply(group, *originals)
     try:

@@ -31,6 +31,9 @@ from eve.errors import UserError
 
 Item = TypeVar("Item")
 
+# Of a collective: a checkpoint on a slow disk takes minutes. A process that dies is noticed by watchdog.py.
+TIMEOUT = timedelta(minutes=30)
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -43,7 +46,7 @@ class Topology:
     tensor: int = 1
     expert: int = 1
     sequence: bool = False
-    # Process groups; None where one rank is alone in it, and before `connected`.
+    # Process groups; None without tensor parallelism, and before `connected`.
     tensor_group: Any = None
     data_group: Any = None
 
@@ -86,7 +89,7 @@ class Topology:
             store=store,
             rank=self.rank,
             world_size=self.world_size,
-            timeout=timedelta(minutes=30),
+            timeout=TIMEOUT,
             device_id=self.device if cuda else None,
         )
 
@@ -113,9 +116,11 @@ class Topology:
         world, tensor = self.world_size, self.tensor
         ranks_of_tensor_groups = [list(range(first, first + tensor)) for first in range(0, world, tensor)]
         ranks_of_data_groups = [list(range(first, world, tensor)) for first in range(tensor)]
-        tensor_group = [dist.new_group(ranks) for ranks in ranks_of_tensor_groups][self.data_rank]
-        data_group = [dist.new_group(ranks) for ranks in ranks_of_data_groups][self.tensor_rank]
-        return replace(self, tensor_group=tensor_group, data_group=data_group)
+        tensor_groups = [dist.new_group(ranks, timeout=TIMEOUT) for ranks in ranks_of_tensor_groups]
+        data_groups = [dist.new_group(ranks, timeout=TIMEOUT) for ranks in ranks_of_data_groups]
+        return replace(
+            self, tensor_group=tensor_groups[self.data_rank], data_group=data_groups[self.tensor_rank]
+        )
 
     @property
     def data(self) -> int:
@@ -135,8 +140,8 @@ class Topology:
         return self.rank % self.expert
 
     @property
-    def counts(self) -> bool:
-        """What the ranks of a tensor group know alike is counted by the first of them."""
+    def is_counted(self) -> bool:
+        """What the ranks of a tensor group know alike is counted on the first of them."""
         return self.tensor_rank == 0
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
@@ -231,6 +236,11 @@ def check_degrees(parallel: Parallel, model: Model, world_size: int) -> None:
     for key, size in sizes.items():
         if size % tensor:
             raise UserError(f"{key} {size} is not a multiple of parallel.tensor {tensor}")
+    if any(ff.router == "modality" for ff in model.feed_forward) and model.hidden % (8 * tensor):
+        raise UserError(
+            f"model.hidden {model.hidden} over parallel.tensor {tensor} is not a multiple of 8 (rows of 16 "
+            "bytes in bf16)"
+        )
     pools = [ff.num_experts for ff in model.feed_forward if ff.router == "topk"]
     if expert > 1 and not pools:
         raise UserError(f"parallel.expert is {expert}, but no block of model.feed_forward has a topk router")

@@ -46,7 +46,7 @@ class WeightParts:
         return join(parts, where, vocab_size=self.vocab_size)
 
     def gather(self, held: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The whole weights on the CPU of rank 0, tensor by tensor, nothing elsewhere. All processes call it."""
+        """The whole weights on the CPU of rank 0, nothing elsewhere, tensor by tensor. All ranks call it."""
         weights = {}
         for name, tensor in held.items():
             whole = self.whole(name, tensor.to(self.topology.device))

@@ -84,8 +84,13 @@ class Engine:
         clips = self.zero_stage == 0
         self._parameters = {canonical(name): tensor for name, tensor in module.model.named_parameters()}
         learning = {name: tensor for name, tensor in self._parameters.items() if tensor.requires_grad}
-        start = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._parameters.items()}
-        self._shapes = {name: tensor.shape for name, tensor in start.items()}
+        self._shapes = {name: tensor.shape for name, tensor in self._parameters.items()}
+        rounds = precision(config) != "fp32"
+        start = {
+            name: tensor.detach().to("cpu", copy=True)
+            for name, tensor in self._parameters.items()
+            if rounds or name not in learning
+        }
         # Mixed precision rounds what does not learn and keeps no fp32 weights of it; stage 3 cuts it up.
         self._frozen = {name: tensor for name, tensor in start.items() if name not in learning}
         module.to(topology.device)
@@ -103,7 +108,7 @@ class Engine:
                 mpu=mpu,
             )
         assert self._engine.has_moe_layers == (topology.expert > 1)
-        if precision(config) != "fp32":
+        if rounds:
             # Its fp32 weights were made from the rounded ones.
             for name, parameter in learning.items():
                 value = start[name].to(topology.device)
@@ -141,7 +146,7 @@ class Engine:
     def step(self, learning_rate: float) -> bool:
         """Updates the parameters; False where the gradient was not finite and nothing was changed.
 
-        The norm is read on the host, the one synchronisation of a step.
+        The norm is read on the host, the one synchronisation of a step but for those of spread experts.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate

@@ -8,6 +8,7 @@ rank what the whole step counts (`units`), and that some rank wants to stop or h
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from eve.data.loader import SourceStream
 from eve.data.tokenizer import Tokenizer
 from eve.errors import UserError
 from eve.objectives import Objective
+from eve.packing import to_device
 from eve.parallel.topology import Topology
 from eve.training.ds_config import StepPlan
 
@@ -33,7 +35,8 @@ class StepData:
         passes: the forward passes in order.
         units: of each stream, what its loss is a mean over: the sum over the passes and shares of the step,
             over the number of shares. On the device.
-        flags: on the device: (ranks that want to stop, ranks without data).
+        flags: on the device: (ranks that want to stop, ranks without data, groups of tensor ranks whose
+            samples are not the same).
         states: the position of each source after this step, for this rank's readers.
         seconds: time spent waiting for samples.
     """
@@ -111,17 +114,28 @@ class StepFeed:
             units = self.objectives[stream.name].units(batch)
             sums[stream.name] = sums[stream.name] + units if stream.name in sums else units
         seconds = time.perf_counter() - start
-        return StepData(passes, *self._agree(sums, stop), states, num_samples, seconds)
+        samples = [(sample.key, sample.epoch) for _, batch in passes for sample in batch.samples]
+        return StepData(passes, *self._agree(sums, stop, samples), states, num_samples, seconds)
 
-    def _agree(self, sums: dict[str, Tensor], stop: bool) -> tuple[dict[str, Tensor], Tensor]:
+    def _agree(
+        self, sums: dict[str, Tensor], stop: bool, samples: list[tuple[str, int]]
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """One small all-reduce for all that ranks have to agree on; (units, flags) of StepData."""
+        topology = self.topology
         flags = torch.tensor([float(stop), float(self.error is not None)])
+        # Tensor ranks read for themselves. Of each group, a sum of whole numbers, 0 where they read alike.
+        differing = torch.zeros(topology.data if topology.tensor > 1 else 0)
+        if topology.tensor > 1:
+            digest = zlib.crc32(repr(samples).encode()) % (1 << 24) // topology.tensor
+            differing[topology.data_rank] = digest * (topology.tensor - 1) if topology.is_counted else -digest
         sizes = {stream.name: _num_units(stream) for stream in self.stage.streams}
         parts = [sums.get(name, torch.zeros(size)).reshape(-1) for name, size in sizes.items()]
-        if not self.topology.counts:
+        if not self.topology.is_counted:
             parts = [torch.zeros_like(part) for part in parts]
-        vector = torch.cat([*parts, flags]).to(self.topology.device, non_blocking=True)
-        *parts, flags = self.topology.all_reduce_sum(vector).split([*sizes.values(), len(flags)])
+        vector = to_device(torch.cat([*parts, flags, differing]), topology.device)
+        lengths = [*sizes.values(), len(flags), len(differing)]
+        *parts, flags, differing = topology.all_reduce_sum(vector).split(lengths)
+        flags = torch.cat([flags, differing.count_nonzero()[None].to(flags.dtype)])
         per_rank = [part / self.topology.data for part in parts]
         units = {
             name: part if size > 1 else part[0]

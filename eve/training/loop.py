@@ -184,9 +184,14 @@ class Run:
         meter = Meter(self.recipe, self.topology)
         data = current = self._next(feed) if state.step < last_step else None
         while data is not None:
-            wanted, failed = data.flags.tolist()
+            wanted, failed, differing = data.flags.tolist()
             if failed:
                 self.topology.raise_together(feed.error)
+            if differing:
+                raise UserError(
+                    f"for step {state.step + 1} the processes of {differing:.0f} of {self.topology.data} "
+                    "tensor groups did not read the same samples; compare shards and bad samples of the hosts"
+                )
             if wanted:
                 break
             current = data
@@ -248,7 +253,7 @@ class Run:
         mine = [
             (stream.name, [sample.key for sample in batch.samples])
             for (stream, batch), output in zip(data.passes, outputs, strict=True)
-            if self.topology.counts and not bool(torch.isfinite(output.loss))
+            if self.topology.is_counted and not bool(torch.isfinite(output.loss))
         ]
         found = [entry for entries in self.topology.gather_objects(mine) for entry in entries]
         what = f"step {state.step} of stage {stage.name} is not finite and was skipped"
@@ -280,7 +285,7 @@ class Run:
 
     def _count_bad_samples(self, data: StepData) -> float:
         """Of all ranks since the first step; where there are more than at the last line, some by name."""
-        mine = [bad_samples(state) for state in data.states.values() if self.topology.counts]
+        mine = [bad_samples(state) for state in data.states.values() if self.topology.is_counted]
         number = torch.tensor(float(sum(bad.bad for bad in mine)), device=self.topology.device)
         number = int(self.topology.all_reduce_sum(number))
         if number > self._bad_samples:

@@ -48,7 +48,7 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Rates over all ranks since the last call. All ranks call it."""
-        sums = self.sums if self.topology.counts else [0.0] * len(self.sums)
+        sums = self.sums if self.topology.is_counted else [0.0] * len(self.sums)
         sums = torch.tensor(sums, dtype=torch.float64, device=self.topology.device)
         samples, tokens, operations, waiting = self.topology.all_reduce_sum(sums).tolist()
         seconds = time.perf_counter() - self.start

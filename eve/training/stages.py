@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from eve.errors import UserError
 from eve.model import build_model, parameter_shapes
 from eve.objectives import build_objective
 from eve.parallel.layers import parallel_layers
-from eve.parallel.sharding import EXPERT, placement
+from eve.parallel.sharding import Kind, placement
 from eve.parallel.topology import Topology
+from eve.training.ds_config import state_format, zero_stage
 from eve.training.engine import EngineModule
 from eve.training.export import check_weights, load_weights
 from eve.training.optimizer import freeze, learning_names
@@ -44,17 +46,29 @@ def build_stage(
     return EngineModule(model, objectives, topology)
 
 
-def check_stage(recipe: Recipe, stage: Stage) -> None:
-    """Raises UserError where its weights cannot be those of the model or cannot learn so; builds nothing."""
+def check_stage(recipe: Recipe, stage: Stage, ds_tree: dict[str, Any], where: str) -> None:
+    """Raises UserError where its weights cannot be those of the model or cannot learn so; builds nothing.
+
+    `ds_tree` is the configuration of DeepSpeed that `where` holds.
+    """
     if stage.init_from is not None:
         check_weights(Path(stage.init_from), recipe.model)
     names = parameter_shapes(recipe.model).keys()
-    learning = learning_names(names, stage.trainable)
-    if recipe.parallel.expert > 1 and EXPERT not in [placement(name, names) for name in learning]:
-        # DeepSpeed's optimizers expect some.
+    learning = {placement(name, names).kind for name in learning_names(names, stage.trainable)}
+    tensor, expert = recipe.parallel.tensor, recipe.parallel.expert
+    # What DeepSpeed's optimizers (0.19.8) expect to find on every rank.
+    if expert > 1 and zero_stage(ds_tree) > 0 and Kind.EXPERT not in learning:
         raise UserError(
-            f"stage {stage.name} trains no expert of a learned router, but parallel.expert is "
-            f"{recipe.parallel.expert}; give 1"
+            f"stage {stage.name} trains no expert of a learned router, but parallel.expert is {expert}; "
+            "give 1"
+        )
+    cut = {Kind.COLUMN, Kind.ROW, Kind.VOCABULARY} | ({Kind.EXPERT} if expert > 1 else set())
+    lacking = (tensor > 1 and not learning & cut) or (expert > 1 and learning == {Kind.EXPERT})
+    if state_format(ds_tree) == "BF16_Optimizer" and lacking:
+        raise UserError(
+            f"stage {stage.name} trains too little for {where} with parallel.tensor {tensor} and "
+            f"parallel.expert {expert}: no weight that counts in the gradient norm of every process; use "
+            "zero2_bf16.json"
         )
 
 

@@ -47,7 +47,7 @@ class Window:
         if not names:
             return {}
         flat = torch.cat([self._sums[name].reshape(-1) for name in names])
-        flat = topology.all_reduce_sum(flat if topology.counts else torch.zeros_like(flat)).cpu()
+        flat = topology.all_reduce_sum(flat if topology.is_counted else torch.zeros_like(flat)).cpu()
         parts = flat.split([self._sums[name].numel() for name in names])
         sums = {name: part.reshape(self._sums[name].shape) for name, part in zip(names, parts, strict=True)}
         self._sums = {}

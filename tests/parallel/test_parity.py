@@ -19,6 +19,8 @@ STEPS, LEARNING_RATE = 20, 2e-3
 HEADS = ("model.heads=4", "model.decoder.heads=4")
 ROUTED, HARD = (*OVERRIDES, *HEADS), (*DENSE, *HEADS)
 CAPACITY = ("model.feed_forward.1.capacity_factor=0.7", "model.feed_forward.1.z_loss_weight=0.01")
+BIASES = "stages.0.trainable=['*bias', '*b2_ED']"
+FROZEN_ROUTER = "stages.0.trainable=['encoder.*.attention.*', 'encoder.*.experts.*', 'word_head.*']"
 PAIR = ("stages.0.streams=[{name: pair, source: pairs, objective: masked_pair}]",)
 
 
@@ -44,6 +46,14 @@ LAYOUTS: dict[str, tuple[int, str, tuple[str, ...], tuple[str, ...]]] = {
     "data 2, 4 x 2 samples": (2, "zero1_fp32", ROUTED, accumulate(2)),
     "data 4, checkpointing": (4, "zero1_fp32", ROUTED, CHECKPOINTING),
     "tensor 2": (2, "zero0_fp32", ROUTED, degrees(2, sequence=False)),
+    "tensor 2, dense": (2, "zero1_fp32", HARD, degrees(2, sequence=False)),
+    "tensor 2, biases alone learn": (2, "zero0_fp32", (*ROUTED, BIASES), degrees(2)),
+    "tensor 2 x expert 2, no sequence, router frozen": (
+        4,
+        "zero1_fp32",
+        (*ROUTED, FROZEN_ROUTER),
+        degrees(2, 2, sequence=False),
+    ),
     "tensor 2, sequence": (2, "zero0_fp32", ROUTED, degrees(2)),
     "tensor 2, sequence, dense": (2, "zero1_fp32", HARD, degrees(2)),
     "tensor 4": (4, "zero0_fp32", ROUTED, degrees(4, sequence=False)),

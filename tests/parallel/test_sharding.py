@@ -75,7 +75,7 @@ def test_degrees_that_do_not_fit(tensor: int, expert: int, processes: int, sente
 
 def test_experts_to_spread_are_wanted() -> None:
     tree = TINY.model_dump() | {"feed_forward": [{"blocks": "0-5", "router": "modality"}]}
-    with pytest.raises(UserError, match="no block of model.feed_forward has a topk router"):
+    with pytest.raises(UserError, match=r"no block of model\.feed_forward has a topk router"):
         check_degrees(Parallel(expert=2), Model.model_validate(tree), 2)
 
 
@@ -87,4 +87,11 @@ def test_places_of_the_picture_in_the_docstring() -> None:
     assert [t.expert_rank for t in ranks] == [0, 1, 2, 3] * 2
     assert ranks[3].get_data_parallel_group_ranks() == [1, 3, 5, 7]
     assert ranks[0].data == 4
-    assert [t.counts for t in ranks] == [True, False] * 4
+    assert [t.is_counted for t in ranks] == [True, False] * 4
+
+
+def test_a_share_of_the_hidden_width_fills_whole_words() -> None:
+    odd = Model.model_validate(TINY.model_dump() | {"hidden": 520})
+    check_degrees(Parallel(tensor=1), odd, 2)
+    with pytest.raises(UserError, match=r"model\.hidden 520 over parallel\.tensor 2 is not a multiple of 8"):
+        check_degrees(Parallel(tensor=2), odd, 2)

@@ -63,7 +63,7 @@ def counted(run) -> int:
 
 
 def statistics(num_tokens: int, *, backward: bool) -> int:
-    """Products of the one router of `config` that sum over a routing group: not counted as the model's. Choices,
+    """Products of the one router of `config` that sum over a routing group, not the model's: choices,
     probabilities (of 5 experts each, the second with a gradient) and squares of the z-loss."""
     return 2 * num_tokens * (5 + 5 + 5 * backward + 1)
 

@@ -13,7 +13,6 @@ from eve.parallel.tensor import total_norm
 from eve.parallel.topology import Topology
 from eve.training.optimizer import ClippingAdamW, build_optimizer, freeze, parameter_groups
 
-
 norm_of = partial(total_norm, topology=Topology(0, 1, 0, torch.device("cpu")))
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from eve import pretrain
 from eve.config import load_recipe
 from eve.errors import UserError
+from eve.training.ds_config import DS_CONFIGS, read_ds_config
 from eve.training.export import load_exported
 from eve.training.stages import check_stage, stage_at
 from tests.test_resume import arguments, kill, metrics, run_in_child
@@ -122,10 +123,26 @@ def test_micro_batches_change_rounding_only(tiny: Path, tmp_path: Path) -> None:
 
 def test_spread_experts_have_to_learn(tiny: Path) -> None:
     frozen = "stages.0.trainable=['decoder.*']"
-    recipe = tiny_recipe(tiny, frozen)
-    check_stage(recipe, recipe.stages[0])
-    recipe = tiny_recipe(tiny, frozen, "parallel.expert=2")
+    check(tiny, "zero1_fp32", frozen)
+    check(tiny, "zero0_fp32", frozen, "parallel.expert=2")
     with pytest.raises(UserError, match="stage pretrain trains no expert of a learned router"):
-        check_stage(recipe, recipe.stages[0])
-    recipe = tiny_recipe(tiny, "stages.0.trainable=['*.experts.*']", "parallel.expert=2")
-    check_stage(recipe, recipe.stages[0])
+        check(tiny, "zero1_fp32", frozen, "parallel.expert=2")
+    check(tiny, "zero1_fp32", EXPERTS, "parallel.expert=2")
+
+
+def check(tiny: Path, config: str, *overrides: str) -> None:
+    recipe = tiny_recipe(tiny, *overrides)
+    where = f"{config}.json"
+    check_stage(recipe, recipe.stages[0], read_ds_config(DS_CONFIGS / where), where)
+
+
+EXPERTS = "stages.0.trainable=['encoder.blocks.1.feed_forward.experts.*']"
+WHOLE = "stages.0.trainable=['encoder.norm.*', 'word_head.dense.*']"
+
+
+@pytest.mark.parametrize(("trainable", "layout"), [(EXPERTS, "expert=2"), (WHOLE, "tensor=2")])
+def test_every_rank_counts_something_in_the_norm_of_bf16(trainable: str, layout: str, tiny: Path) -> None:
+    check(tiny, "zero2_bf16", trainable, f"parallel.{layout}")
+    check(tiny, "zero1_bf16", trainable)
+    with pytest.raises(UserError, match=r"trains too little for zero1_bf16\.json .* use zero2_bf16\.json"):
+        check(tiny, "zero1_bf16", trainable, f"parallel.{layout}")
