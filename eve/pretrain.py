@@ -287,6 +287,11 @@ def begin_run_dir(prepared: dict[str, Any], topology: Topology, *, resume: bool)
     )
     print(f"device: {topology.describe()}")
     print(f"DeepSpeed: {describe(config, plan, recipe.stages[0])}; in full: {run_dir / 'ds_config.json'}")
+    if topology.tensor > 1 and topology.expert == 1 and count.routed_experts:
+        print(
+            "note: the gradients of all experts cross the tensor ranks in every pass; "
+            f"parallel.expert={topology.tensor} spreads the experts instead"
+        )
     if prepared["checkpoint"] is not None:
         print(f"resuming {prepared['checkpoint']} at step {state.step}", flush=True)
     else:

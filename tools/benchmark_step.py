@@ -35,10 +35,11 @@ from eve.objectives import PretrainModule, build_objective
 from eve.objectives.masked_image import image_loss
 from eve.parallel.topology import Topology
 from eve.training.ds_config import read_ds_config, resolve_ds_config
-from eve.training.engine import Engine, EngineModule
+from eve.training.engine import Engine
 from eve.training.feed import StepData
 from eve.training.meter import Meter
 from eve.training.optimizer import build_optimizer
+from eve.training.stages import build_stage
 from eve.training.window import Window
 
 
@@ -72,10 +73,9 @@ def engine_step(recipe: Recipe, topology: Topology, ds_path: str) -> Callable[[B
     config, _ = resolve_ds_config(
         read_ds_config(ds_path), recipe, stage, 1, cuda=topology.device.type == "cuda", where=ds_path
     )
-    objectives = {s.name: build_objective(s, recipe.model) for s in stage.streams}
-    engine = Engine(
-        EngineModule(build_model(recipe.model, recipe.seed), objectives), recipe.optimizer, config, topology
-    )
+    module = build_stage(recipe, stage, None, topology)
+    objectives = module.objectives
+    engine = Engine(module, recipe.optimizer, config, topology)
     window, meter = Window(topology.device), Meter(recipe, topology)
 
     def step(batch: Batch) -> None:
@@ -162,7 +162,7 @@ def _loop(
     device: torch.device,
 ) -> Callable[[Batch], None]:
     unclipped = recipe.optimizer.model_copy(update={"clip": None})
-    optimizer = build_optimizer(module, unclipped, clips=False)
+    optimizer = build_optimizer(module, unclipped, norm=None)
     for group in optimizer.param_groups:
         group["lr"] = recipe.stages[0].lr
     parameters = list(module.parameters())
