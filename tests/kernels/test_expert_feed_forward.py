@@ -1,0 +1,119 @@
+"""The feed-forward of experts and its gradients against a loop over experts in fp64, on every path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.expert_feed_forward import expert_feed_forward
+from tests.kernels.test_grouped_linear import BOTH, half
+
+# Rows, width, hidden width, ends of the experts' rows.
+CASES = {
+    "one row": (1, 4, 12, [1]),
+    "no row": (0, 4, 8, [0, 0]),
+    "odd sizes": (37, 13, 71, [5, 5, 30, 37]),
+    "more than a tile of sums": (580, 8, 12, [0, 270, 570]),  # the last 10 rows belong to nobody
+    "all rows to the last": (70, 12, 40, [0, 0, 0, 70]),
+    "64 experts": (100, 8, 12, [min(100, 2 * e) for e in range(64)]),
+}
+
+
+def drawn(case, device: str, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
+    rows, width, hidden, ends = case
+    generator = torch.Generator().manual_seed(rows)
+    shapes = [
+        (rows, width),
+        (len(ends), width, hidden),
+        (len(ends), hidden),
+        (len(ends), hidden, width),
+        (len(ends), width),
+    ]
+    leaves = [
+        torch.randn(shape, generator=generator) * shape[-2] ** -0.25 if shape[-2] else torch.zeros(shape)
+        for shape in shapes
+    ]
+    offsets_E = torch.tensor(ends, dtype=torch.int32, device=device)
+    return [leaf.to(device, dtype).requires_grad_() for leaf in leaves], offsets_E
+
+
+def oracle(leaves: list[Tensor], ends: list[int], activation: str) -> Tensor:
+    x_ND, w1_EDF, b1_EF, w2_EFD, b2_ED = leaves
+    parts = []
+    for e, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        z = x_ND[begin:end] @ w1_EDF[e] + b1_EF[e]
+        chance = torch.special.ndtr(z) if activation == "gelu" else 1 / (1 + (-1.702 * z).exp())
+        parts.append((z * chance) @ w2_EFD[e] + b2_ED[e])
+    return torch.cat(parts)
+
+
+def check(
+    case, leaves: list[Tensor], offsets_E: Tensor, activation: str, products: str, **tolerance: Any
+) -> None:
+    ends, last = case[3], case[3][-1]
+    wide = [leaf.detach().double().cpu().requires_grad_() for leaf in leaves]
+    exact = oracle(wide, ends, activation)
+    found = expert_feed_forward(*leaves, offsets_E, activation, products)  # pyright: ignore
+    torch.testing.assert_close(found[:last].double().cpu(), exact.detach(), **tolerance)
+    grad_ND = torch.randn(found.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    exact.backward(grad_ND[:last])
+    found.backward(grad_ND.to(found))
+    for leaf, twin in zip(leaves, wide, strict=True):
+        rows = slice(0, last) if leaf is leaves[0] else slice(None)
+        torch.testing.assert_close(leaf.grad[rows].double().cpu(), twin.grad[rows], **tolerance)  # pyright: ignore
+
+
+@BOTH
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_rows_and_gradients(path: str, case, products: str):
+    check(case, *drawn(case, path), "gelu", products, rtol=1e-4, atol=1e-4)
+
+
+def test_quick_gelu(path: str):
+    case = CASES["odd sizes"]
+    check(case, *drawn(case, path), "quick_gelu", "triton", rtol=1e-4, atol=1e-4)
+
+
+@BOTH
+def test_16_bits_within_rounding(path: str, products: str):
+    case = (150, 24, 72, [0, 70, 70, 150])
+    leaves, offsets_E = drawn(case, path, half(products))
+    with torch.no_grad():
+        for leaf in leaves[1:]:
+            leaf *= 0.3
+    check(case, leaves, offsets_E, "gelu", products, rtol=2**-5, atol=2**-4)
+
+
+def test_two_runs_are_bit_equal(path: str):
+    runs = []
+    for _ in range(2):
+        leaves, offsets_E = drawn(CASES["odd sizes"], path)
+        y_ND = expert_feed_forward(*leaves, offsets_E)  # pyright: ignore
+        y_ND.square().sum().backward()
+        runs.append([y_ND, *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_an_expanded_gradient(path: str):
+    """What .sum() hands back: strides of 0."""
+    leaves, offsets_E = drawn(CASES["all rows to the last"], path)
+    expert_feed_forward(*leaves, offsets_E).sum().backward()  # pyright: ignore
+    torch.testing.assert_close(leaves[4].grad[3].cpu(), torch.full((12,), 70.0))  # pyright: ignore
+    assert not leaves[4].grad[:3].any()  # pyright: ignore
+
+
+def test_activation_checkpointing_and_compile_take_it(path: str):
+    leaves, offsets_E = drawn(CASES["odd sizes"], path)
+
+    def total(*leaves: Tensor) -> Tensor:
+        return expert_feed_forward(*leaves, offsets_E).square().sum()  # pyright: ignore
+
+    plain = torch.autograd.grad(total(*leaves), leaves)
+    again = torch.utils.checkpoint.checkpoint(total, *leaves, use_reentrant=False)
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")(*leaves)
+    for other in (again, compiled):
+        for a, b in zip(torch.autograd.grad(other, leaves), plain, strict=True):
+            torch.testing.assert_close(a, b)

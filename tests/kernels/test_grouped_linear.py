@@ -1,0 +1,140 @@
+"""Grouped products against a loop over rows in fp64, on every path and with both ways of multiplying."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.backend import INTERPRETED
+from kernels.grouped_linear import grouped_product, grouped_weight_gradient
+
+# Rows, input and output columns, ends of the experts' rows.
+CASES = {
+    "one row": (1, 4, 8, [1]),
+    "no row": (0, 4, 8, [0, 0]),
+    "odd sizes": (37, 13, 71, [5, 5, 30, 37]),
+    "more than a tile": (150, 40, 68, [0, 70, 135]),  # the last 15 rows belong to nobody
+    "all rows to the last": (70, 36, 8, [0, 0, 0, 70]),
+    "64 experts": (100, 8, 12, [min(100, 2 * e) for e in range(64)]),
+}
+BOTH = pytest.mark.parametrize("products", ["triton", "grouped_mm"])
+EACH = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def drawn(case, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, inputs, outputs, ends = case
+    generator = torch.Generator().manual_seed(rows)
+    x_NI = torch.randn(rows, inputs, generator=generator)
+    weight_EIO = torch.randn(len(ends), inputs, outputs, generator=generator) * inputs**-0.5
+    bias_EO = torch.randn(len(ends), outputs, generator=generator)
+    offsets_E = torch.tensor(ends, dtype=torch.int32)
+    return *(t.to(device, dtype) for t in (x_NI, weight_EIO, bias_EO)), offsets_E.to(device)  # pyright: ignore
+
+
+def half(products: str) -> torch.dtype:
+    """Triton's interpreter multiplies the bits of bf16 as integers."""
+    return torch.float16 if INTERPRETED and products == "triton" else torch.bfloat16
+
+
+def expert_of(row: int, ends: list[int]) -> int:
+    return next(e for e, end in enumerate(ends) if row < end)
+
+
+def oracle(x_NI: Tensor, weight_EIO: Tensor, bias_EO: Tensor, ends: list[int], activation: str) -> Tensor:
+    """Of the rows that have an expert, row by row."""
+    x_NI, weight_EIO, bias_EO = (t.double().cpu() for t in (x_NI, weight_EIO, bias_EO))
+    out_NO = torch.zeros(ends[-1], weight_EIO.shape[2], dtype=torch.float64)
+    for n in range(ends[-1]):
+        e = expert_of(n, ends)
+        z = x_NI[n] @ weight_EIO[e] + bias_EO[e]
+        if activation == "gelu":
+            z = z * torch.distributions.Normal(0.0, 1.0).cdf(z)
+        if activation == "quick_gelu":
+            z = z / (1 + (-1.702 * z).exp())
+        out_NO[n] = z
+    return out_NO
+
+
+@BOTH
+@EACH
+@pytest.mark.parametrize("activation", ["none", "gelu", "quick_gelu"])
+def test_product_bias_and_activation(path: str, case, products: str, activation: str):
+    *tensors, offsets_E = drawn(case, path)
+    x_NI, weight_EIO, bias_EO = tensors
+    found, z_NO = grouped_product(x_NI, weight_EIO, offsets_E, bias_EO, activation, True, products)
+    alone, nothing = grouped_product(x_NI, weight_EIO, offsets_E, bias_EO, activation, False, products)
+    ends, last = case[3], case[3][-1]
+    assert nothing is None
+    assert torch.equal(alone[:last], found[:last])
+    tolerance = {"rtol": 1e-5, "atol": 1e-5}
+    exact = oracle(*tensors, ends, activation)
+    torch.testing.assert_close(found[:last].double().cpu(), exact, **tolerance)
+    exact = oracle(*tensors, ends, "none")
+    torch.testing.assert_close(z_NO[:last].double().cpu(), exact, **tolerance)  # pyright: ignore
+
+
+@BOTH
+@EACH
+def test_product_with_turned_weights_and_without_bias(path: str, case, products: str):
+    x_NI, weight_EIO, _, offsets_E = drawn(case, path)
+    turned = weight_EIO.transpose(1, 2).contiguous().transpose(1, 2)
+    found, _ = grouped_product(x_NI, turned, offsets_E, products=products)
+    last = case[3][-1]
+    exact = oracle(x_NI, weight_EIO, torch.zeros(len(case[3]), case[2]), case[3], "none")
+    torch.testing.assert_close(found[:last].double().cpu(), exact, rtol=1e-5, atol=1e-5)
+
+
+@BOTH
+@EACH
+def test_weight_gradient_is_of_the_rows_of_its_expert(path: str, case, products: str):
+    """And zero where there are none; rows of nobody are full of NaN."""
+    x_NI, _, _, offsets_E = drawn(case, path)
+    ends = case[3]
+    grad_NO = torch.randn(case[0], case[2], generator=torch.Generator().manual_seed(1)).to(path)
+    x_NI[ends[-1] :] = torch.nan
+    grad_NO[ends[-1] :] = torch.nan
+    exact_EIO = torch.zeros(len(ends), case[1], case[2], dtype=torch.float64)
+    for n in range(ends[-1]):
+        exact_EIO[expert_of(n, ends)] += torch.outer(x_NI[n].double().cpu(), grad_NO[n].double().cpu())
+    found_EIO = grouped_weight_gradient(x_NI, grad_NO, offsets_E, products)
+    torch.testing.assert_close(found_EIO.double().cpu(), exact_EIO, rtol=1e-5, atol=1e-5)
+
+
+@BOTH
+def test_16_bits_within_rounding(path: str, products: str):
+    case = (150, 72, 264, [0, 70, 70, 140])
+    *tensors, offsets_E = drawn(case, path, half(products))
+    found, _ = grouped_product(tensors[0], tensors[1], offsets_E, tensors[2], "gelu", True, products)
+    exact = oracle(*tensors, case[3], "gelu")
+    torch.testing.assert_close(found[:140].double().cpu(), exact, rtol=2**-6, atol=2**-6)
+
+
+@BOTH
+def test_rows_that_are_not_contiguous(path: str, products: str):
+    case = CASES["more than a tile"]
+    x_NI, weight_EIO, bias_EO, offsets_E = drawn(case, path)
+    wide = torch.randn(150, 64, device=path)
+    wide[:, 8:48] = x_NI
+    for strided in (wide[:, 8:48], x_NI.t().contiguous().t()):
+        found, _ = grouped_product(strided, weight_EIO, offsets_E, bias_EO, products=products)
+        exact = oracle(x_NI, weight_EIO, bias_EO, case[3], "none")
+        torch.testing.assert_close(found[:135].double().cpu(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_past_2_to_the_31_elements(path: str):
+    """Three that far apart, in memory that is reserved and never touched."""
+    stride, dtype = 2**30 + 64, half("triton")
+    x_NI = torch.empty(2 * stride + 8, dtype=dtype, device=path).as_strided((3, 8), (stride, 1))
+    x_NI.copy_(torch.arange(24, device=path).view(3, 8))
+    one = torch.eye(8, device=path, dtype=dtype)
+    offsets_E = torch.tensor([1, 3], dtype=torch.int32, device=path)
+    found, _ = grouped_product(x_NI, torch.stack([one, 2 * one]), offsets_E, products="triton")
+    exact = torch.arange(24).view(3, 8) * torch.tensor([[1], [2], [2]])
+    assert torch.equal(found.long().cpu(), exact)
+
+
+def test_unknown_products_are_named():
+    *tensors, offsets_E = drawn(CASES["one row"], "cpu")
+    with pytest.raises(ValueError, match="grouped_mn"):
+        grouped_product(tensors[0], tensors[1], offsets_E, products="grouped_mn")
