@@ -167,10 +167,14 @@ def weight_gradient_kernel(
 # ------------------------------------------------------------------------------------------------ launches
 
 
-def tile_of(x: Tensor, activation: str = "none") -> dict[str, int]:
-    """Of both products. 128 fp32 sums a thread for bf16; half of that where an activation needs registers."""
-    if x.element_size() > 2:
-        return {"BLOCK_N": 64, "BLOCK_I": 32, "BLOCK_O": 64, "num_warps": 4, "num_stages": 2}
+SMALL_TILE = {"BLOCK_N": 64, "BLOCK_I": 32, "BLOCK_O": 64, "num_warps": 4, "num_stages": 2}
+
+
+def tile_of(x: Tensor, *widths: int, activation: str = "none") -> dict[str, int]:
+    """Of both products: 128 fp32 sums a thread; half of that where an activation needs registers. The small
+    tile for fp32, and for widths that allow no 16-byte accesses: addresses take the registers then."""
+    if x.element_size() > 2 or any(width % 16 for width in widths):
+        return SMALL_TILE
     columns = 256 if activation == "none" else 128
     return {"BLOCK_N": 128, "BLOCK_I": 64, "BLOCK_O": columns, "num_warps": 8, "num_stages": 3}
 
@@ -207,8 +211,10 @@ def grouped_product(
     if not use_triton(x_NI):
         z_NO = x_NI.new_zeros(x_NI.shape[0], num_outputs)
         for e, rows in enumerate(ranges(offsets_E)):
-            part = x_NI[rows] @ weight_EIO[e]
-            z_NO[rows] = part if bias_EO is None else part + bias_EO[e]
+            if bias_EO is None:
+                torch.mm(x_NI[rows], weight_EIO[e], out=z_NO[rows])
+            else:
+                torch.addmm(bias_EO[e], x_NI[rows], weight_EIO[e], out=z_NO[rows])
         return activate(z_NO, activation), z_NO if keep else None
     x_NI = rows_of(x_NI)
     bias_EO = None if bias_EO is None else bias_EO.contiguous()
@@ -227,7 +233,7 @@ def grouped_product(
         return out_NO, z_NO if keep else None
     out_NO = x_NI.new_empty(x_NI.shape[0], num_outputs)
     z_NO = torch.empty_like(out_NO) if keep else None
-    tile = tile_of(x_NI, activation)
+    tile = tile_of(x_NI, num_inputs, num_outputs, activation=activation)
     row_tiles = divide_up(x_NI.shape[0], tile["BLOCK_N"]) + num_experts
     product_kernel[(row_tiles * divide_up(num_outputs, tile["BLOCK_O"]),)](
         x_NI, weight_EIO, bias_EO, offsets_E, z_NO, out_NO,
@@ -248,7 +254,7 @@ def grouped_weight_gradient(
     if x_NI.shape[0] and by_grouped_mm(products, num_inputs, num_outputs, of=x_NI):
         return F.grouped_mm(x_NI.t(), grad_NO, offs=offsets_E)
     out_EIO = x_NI.new_empty(num_experts, num_inputs, num_outputs)
-    tile = tile_of(x_NI)
+    tile = tile_of(x_NI, num_inputs, num_outputs)
     tile = {**tile, "BLOCK_N": tile["BLOCK_I"], "BLOCK_I": tile["BLOCK_N"]}
     tiles = divide_up(num_inputs, tile["BLOCK_I"]) * divide_up(num_outputs, tile["BLOCK_O"])
     weight_gradient_kernel[(tiles, num_experts)](
@@ -291,6 +297,16 @@ COMPILE_CASES = [
         },
         num_warps=8,
         aligned=("num_inputs", "num_outputs", "x_stride", "weight_e", "weight_o"),
+    ),
+    CompileCase(
+        name="grouped_linear, odd widths",
+        kernel=product_kernel,
+        types={**_PRODUCT, "weight_i": "i32"},
+        constants={
+            "weight_o": 1, "ACTIVATION": 1, "BLOCK_E": 32, "EVEN_I": False,
+            "BLOCK_N": 64, "BLOCK_I": 32, "BLOCK_O": 64,
+        },
+        num_stages=2,
     ),
     CompileCase(
         name="grouped_linear, after grouped_mm",
