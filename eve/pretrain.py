@@ -24,6 +24,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from eve.training.ds_config import (
     zero_stage,
 )
 from eve.training.loop import Run, TrainState
+from eve.training.run_lock import lock_run
 from eve.training.stages import check_stage
 
 # What a resumed run may change in the recipe: how it runs (what of it changes results is compared apart), and
@@ -99,21 +101,26 @@ def pretrain(options: argparse.Namespace, topology: Topology) -> int:
     topology = prepared["topology"] = prepared["topology"].connected()
     run_dir, state = prepared["run_dir"], prepared["state"]
     is_new = not run_dir.exists()
+    with ExitStack() as held:
 
-    def begin() -> None:
+        def begin() -> None:
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                lock = lock_run(run_dir)
+                if lock is not None:
+                    held.enter_context(lock)
+                begin_run_dir(prepared, topology, resume=options.resume)
+            except OSError as mistake:
+                raise UserError(f"cannot write to {run_dir}: {mistake.strerror}") from None
+
         try:
-            begin_run_dir(prepared, topology, resume=options.resume)
-        except OSError as mistake:
-            raise UserError(f"cannot write to {run_dir}: {mistake.strerror}") from None
-
-    try:
-        topology.on_rank_0(begin)
-        return Run(**prepared).train()
-    except BaseException:
-        # A run that made no step leaves no directory in the way of the next try.
-        if topology.rank == 0 and is_new and state.step == 0:
-            shutil.rmtree(run_dir, ignore_errors=True)
-        raise
+            topology.on_rank_0(begin)
+            return Run(**prepared).train()
+        except BaseException:
+            # A run that made no step leaves no directory in the way of the next try.
+            if topology.rank == 0 and is_new and state.step == 0:
+                shutil.rmtree(run_dir, ignore_errors=True)
+            raise
 
 
 def prepare(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
@@ -266,7 +273,6 @@ def check_disk(run_dir: Path, store: CheckpointStore, recipe: Recipe) -> None:
 def begin_run_dir(prepared: dict[str, Any], topology: Topology, *, resume: bool) -> None:
     """Makes the directory, cuts off what a killed run wrote after its checkpoint, prints what will run."""
     recipe, run_dir, state = prepared["recipe"], prepared["run_dir"], prepared["state"]
-    run_dir.mkdir(parents=True, exist_ok=True)
     prepared["store"].clean()
     metrics = run_dir / "metrics.jsonl"
     if metrics.exists():

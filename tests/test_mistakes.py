@@ -19,6 +19,7 @@ import pytest
 from eve import pretrain
 from eve.data.shard_writer import Record, write_shards
 from eve.training.ds_config import DS_CONFIGS
+from eve.training.run_lock import lock_run
 from tests.rank_pool import RankPool, fork_server
 from tests.test_resume import arguments
 from tests.tiny import make_record
@@ -216,6 +217,16 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_directory_exists(mistake: Mistake, finished: Path) -> None:
     mistake.run_dir = finished
     assert "exists; go on with --resume" in mistake()
+
+
+def test_run_directory_in_use(mistake: Mistake, finished: Path) -> None:
+    mistake.run_dir = finished
+    before = (finished / "metrics.jsonl").read_bytes()
+    with lock_run(finished) or pytest.skip("no locks on this file system"):
+        assert f"{finished} is in use by process {os.getpid()} on" in mistake(
+            "--resume", "stages.0.steps=4", "stages.0.warmup_steps=0"
+        )
+    assert (finished / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,9 @@ from eve.conversion.verification import differences
 from eve.errors import UserError
 from tools.progress import Progress
 
+# Differences that --verify prints.
+SHOWN = 10
+
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
@@ -84,7 +87,10 @@ def _convert(source: Checkpoint, options: argparse.Namespace) -> None:
     layout = _layout(options)
     if layout is not None:
         convert_to_deepspeed(source, options.target, layout, progress=_progress(source, True))
-        print(f"{options.target}: step {source.step} for {layout.describe()}")
+        print(
+            f"{options.target}: step {source.step} for {layout.describe()}; go on with --deepspeed_config "
+            f"ds_configs/zero{layout.zero_stage}_{layout.precision}{'_offload' * options.offload}.json"
+        )
         return
     convert_to_open(
         source,
@@ -104,8 +110,10 @@ def _verify(source: Checkpoint, options: argparse.Namespace) -> int:
     result = open_source(options.target)
     both = source.run is not None and result.run is not None
     found = differences(source, result, training_state=both, progress=_progress(source, both))
-    for line in found:
+    for line in found[:SHOWN]:
         print(line)
+    if len(found) > SHOWN:
+        print(f"and {len(found) - SHOWN} more differences; the steps are {source.step} and {result.step}")
     what = "weights, moments and counts of updates" if both else "weights"
     if not found:
         print(f"the {what} of {len(source.parameters)} parameters are the same, bit for bit")

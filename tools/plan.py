@@ -23,7 +23,7 @@ from dataclasses import replace
 from eve.config import Recipe, load_recipe
 from eve.errors import UserError
 from eve.planning.layout import recipe_for
-from eve.planning.search import Fixed, Plan, Planner, best
+from eve.planning.search import EQUAL, Fixed, Plan, Planner, best
 from eve.planning.step_time import GPUS, Assumptions, gpu_named
 from eve.planning.traffic import summed
 
@@ -222,7 +222,8 @@ def run(options: argparse.Namespace) -> int:
         f"{options.gpu} in {hosts} host{'s' if hosts > 1 else ''}; {len(plans)} layouts, "
         f"{sum(plan.fits for plan in plans)} fit\n",
         table(plans, chosen, options.rows),
-        "(s: with sequence parallelism; c: with activation checkpointing; the best micro-batch of each)\n",
+        "(s: with sequence parallelism; c: with activation checkpointing; the best micro-batch of each;\n"
+        f"->: the plainest layout within {EQUAL:.0%} of the fastest: predictions are no better than that)\n",
         *reasons,
         details(chosen, gpu.memory),
         f"the stage of {stage.steps:,} steps: {hours:,.0f} hours, {hours * options.gpus:,.0f} GPU hours\n",

@@ -41,6 +41,7 @@ ARRIVAL, LATE_ARRIVAL = 600, 20
 # A collective that fails is mostly the echo of a process that was lost: so long the hub waits for that news.
 ECHO = 5
 KEY = f"eve/watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+OTHER_PORT = "give the launcher another --master_port (torchrun: --rdzv-endpoint)"
 ECHOES = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe")
 
 
@@ -82,8 +83,10 @@ class Watchdog:
     def _watch(self) -> None:
         try:
             connection, token, host = self._connect()
-        except dist.DistError:
+        except dist.DistError as error:
             address = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+            if "address already in use" in str(error).lower():
+                self._end(f"{address} is in use by another run or program; {OTHER_PORT}")
             self._end(f"no process of rank 0 has answered at {address} for {ARRIVAL} s, or it is gone again")
         except OSError as error:
             # A firewall that lets only some ports through. The run may still work.
@@ -247,6 +250,13 @@ class _Hub:
                 if peer.rank is None:
                     if message.get("token") != self.token:
                         peer.closed = True  # no process of this run
+                        break
+                    if message["rank"] in self._ranks():
+                        # Of a second run that was given the same port.
+                        peer.send(
+                            {"cause": f"another run has the port {os.environ['MASTER_PORT']}; {OTHER_PORT}"}
+                        )
+                        peer.closed = True
                         break
                     peer.rank, peer.name = message["rank"], message["name"]
                 if message.get("echo"):

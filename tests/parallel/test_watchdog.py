@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,3 +151,29 @@ def silent_but_alive(rank: int) -> int:
 
 def test_slow_phases_and_an_end_in_turn_are_no_death(tmp_path: Path) -> None:
     assert run(silent_but_alive, tmp_path / "output") == ([143, 143, 143], "")
+
+
+def slow(rank: int) -> int:
+    time.sleep(6)
+    return 0
+
+
+def test_a_second_run_on_the_same_port_leaves_the_first_alone(tmp_path: Path) -> None:
+    port, context = free_port(), fork_server()
+
+    def start(ranks: list[int], output: Path) -> list[Any]:
+        processes = [context.Process(target=member, args=(rank, port, output, slow)) for rank in ranks]
+        for process in processes:
+            process.start()
+        return processes
+
+    first = start([0, 1, 2], tmp_path / "first")
+    time.sleep(3)
+    second = start([0, 1], tmp_path / "second")
+    for process in [*first, *second]:
+        process.join(30)
+    said = (tmp_path / "second").read_text()
+    assert [process.exitcode for process in first] == [0, 0, 0], (tmp_path / "first").read_text()
+    assert [process.exitcode for process in second] == [1, 1], said
+    assert f"127.0.0.1:{port} is in use by another run or program; give the launcher another" in said
+    assert f"another run has the port {port}; give the launcher another" in said
