@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.expert_feed_forward import expert_feed_forward
+from kernels.expert_feed_forward import expert_feed_forward, grouped_activation_gradient
 from tests.kernels.test_grouped_linear import BOTH, half
 
 # Rows, width, hidden width, ends of the experts' rows.
@@ -85,6 +85,15 @@ def test_16_bits_within_rounding(path: str, products: str):
         for leaf in leaves[1:]:
             leaf *= 0.3
     check(case, leaves, offsets_E, "gelu", products, rtol=2**-5, atol=2**-4)
+
+
+def test_an_expert_with_many_tiles_of_sums(path: str):
+    """More than are added at once."""
+    grad_NO = torch.randn(2200, 5, generator=torch.Generator().manual_seed(3)).to(path)
+    offsets_E = torch.tensor([2100, 2190], dtype=torch.int32, device=path)
+    *_, sums_EO = grouped_activation_gradient(grad_NO, None, offsets_E)
+    exact = [grad_NO[:2100].double().sum(0), grad_NO[2100:2190].double().sum(0)]
+    torch.testing.assert_close(sums_EO.double(), torch.stack(exact), rtol=1e-5, atol=1e-4)
 
 
 def test_two_runs_are_bit_equal(path: str):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import INTERPRETED
-from kernels.grouped_linear import grouped_product, grouped_weight_gradient
+from kernels.grouped_linear import SMALL_TILE, grouped_product, grouped_weight_gradient, product_kernel
 
 # Rows, input and output columns, ends of the experts' rows.
 CASES = {
@@ -132,6 +132,21 @@ def test_rows_past_2_to_the_31_elements(path: str):
     found, _ = grouped_product(x_NI, torch.stack([one, 2 * one]), offsets_E, products="triton")
     exact = torch.arange(24).view(3, 8) * torch.tensor([[1], [2], [2]])
     assert torch.equal(found.long().cpu(), exact)
+
+
+def test_rows_of_nobody_are_not_written(path: str):
+    if not INTERPRETED and path == "cpu":
+        pytest.skip("of the kernels alone")
+    x_NI, weight_EIO, bias_EO, offsets_E = drawn((40, 16, 20, [7, 7, 33]), path)
+    out_NO, z_NO = torch.full((2, 40, 20), 5.0, device=path)
+    tile = {**SMALL_TILE, "BLOCK_E": 4, "ACTIVATION": 1}
+    product_kernel[(5,)](
+        x_NI, weight_EIO, bias_EO, offsets_E, z_NO, out_NO, 3, 16, 20, 16, *weight_EIO.stride(),
+        EVEN_I=False, **tile,
+    )  # fmt: skip
+    assert (out_NO[33:] == 5).all()
+    assert (z_NO[33:] == 5).all()
+    assert not (out_NO[:33] == 5).any()
 
 
 def test_unknown_products_are_named():
