@@ -49,11 +49,13 @@ def combine_definition(
     token_row_TK: Tensor,
     residual_TD: Tensor | None = None,
 ) -> Tensor:
-    out_TD = rows_or_zero(y_ND, token_row_TK[:, 0]) * weight_TK[:, :1]  # fp32 by the weight
+    # In place wherever a gathered copy is ours: on a CPU fresh memory costs more than what is done with it.
+    wide = torch.promote_types(y_ND.dtype, weight_TK.dtype)
+    out_TD = rows_or_zero(y_ND, token_row_TK[:, 0]).to(wide).mul_(weight_TK[:, :1])
     for choice in range(1, token_row_TK.shape[1]):
         out_TD.addcmul_(rows_or_zero(y_ND, token_row_TK[:, choice]), weight_TK[:, choice : choice + 1])
     if residual_TD is not None:
-        return (out_TD + residual_TD).to(residual_TD.dtype)
+        return out_TD.add_(residual_TD).to(residual_TD.dtype)
     return out_TD.to(y_ND.dtype)
 
 
@@ -67,12 +69,12 @@ def combine_backward_definition(
     # The weight of each row; rows that nobody owns keep 0.
     weight_N = weight_TK.new_zeros(num_rows + 1)
     weight_N[torch.where(token_row_TK >= 0, token_row_TK, num_rows).flatten()] = weight_TK.flatten()
-    grad_ND = (grad_TD.index_select(0, row_token_N.clamp_min(0)) * weight_N[:-1, None]).to(y_ND.dtype)
-    wide_TD = grad_TD.to(torch.promote_types(grad_TD.dtype, weight_TK.dtype))
-    grad_weight_TK = torch.stack(
-        [(wide_TD * rows_or_zero(y_ND, row_T)).sum(-1) for row_T in token_row_TK.unbind(1)], dim=1
-    )
-    return grad_ND, grad_weight_TK.to(weight_TK.dtype)
+    wide = torch.promote_types(grad_TD.dtype, weight_TK.dtype)
+    grad_ND = grad_TD.index_select(0, row_token_N.clamp_min(0)).to(wide).mul_(weight_N[:-1, None])
+    grad_weight_TK = torch.empty_like(weight_TK, memory_format=torch.contiguous_format)
+    for choice, row_T in enumerate(token_row_TK.unbind(1)):
+        grad_weight_TK[:, choice] = rows_or_zero(y_ND, row_T).to(wide).mul_(grad_TD).sum(-1)
+    return grad_ND.to(y_ND.dtype), grad_weight_TK
 
 
 # ------------------------------------------------------------------------------------------------- kernels
