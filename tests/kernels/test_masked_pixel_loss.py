@@ -62,6 +62,7 @@ def check(
     torch.testing.assert_close(pred_BMC.grad.double().cpu(), grad_BMC, **tolerance)  # pyright: ignore
 
 
+@pytest.mark.filterwarnings("ignore:var_mean")  # of no patch
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_errors_and_gradients_follow_the_formula(path: str, shape, normalised: bool):
