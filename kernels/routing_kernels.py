@@ -353,6 +353,14 @@ def _compile_cases() -> list[CompileCase]:
                 {"ALIGN": 8, "RENORMALISE": True, **blocks},
             ),
             case(
+                "place, dropless",
+                place_kernel,
+                {"expert": "*i64", "score": "*fp32", "counts": "*i32", **tables, **losses}
+                | {"weight": "*fp32", "token_row": "*i64", "row_token": "*i64", "offsets": "*i32", **sizes}
+                | {"num_rows": "i32", "rows_each": "i32", "epsilon": "fp32"},
+                {"kept": None, "ALIGN": 1, "RENORMALISE": True, **blocks},
+            ),
+            case(
                 "backward",
                 route_backward_kernel,
                 {"grad_weight": "*fp32", "grad_balance": "*fp32", "grad_z_loss": "*fp32", "logits": "*fp32"}
