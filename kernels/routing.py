@@ -7,7 +7,7 @@ of its group and expert is dropped, and dropped ones count as well. Rows of an e
 order.
 
 Dataflow, B blocks of BLOCK_T tokens; two launches, with a capacity three; no host synchronisation, no
-atomics. The kernels are in kernels/routing_kernels.py:
+atomics. The kernels are in routing_kernels.py, the backward is in routing_backward.py:
 
     choose      logits -> expert_TK, score_TK; of each block the counts by choice, group and expert, and
                 the sums over tokens that the losses need
@@ -37,18 +37,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import divide_up, use_triton
+from kernels.routing_backward import EPSILON, route_backward, scores
 from kernels.routing_kernels import (
     WARPS,
     blocks_of,
     choose_kernel,
     fit_kernel,
     place_kernel,
-    route_backward_kernel,
     tile_of,
 )
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-EPSILON = 1.1920928955078125e-07  # fp32's: no division by less where all choices of a token were dropped
+Outputs = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Routing:
     row_token_N, token_row_TK: int64, for the own tokens, as kernels/dispatch.py takes them. Of the rows
         past the last offset row_token_N is 0.
     balance_G, z_loss_G: fp32 with gradient; 1 is the balance of a group that is balanced.
+    counts_ME: int64, choices of each modality that named each expert, before drops.
+    dropped_M: int64, choices of each modality that were dropped.
     entropy: fp32 scalar without gradient, sum over tokens of the entropy of the scores, in nats.
     """
 
@@ -72,6 +75,8 @@ class Routing:
     token_row_TK: Tensor
     balance_G: Tensor
     z_loss_G: Tensor
+    counts_ME: Tensor
+    dropped_M: Tensor
     entropy: Tensor
 
 
@@ -81,6 +86,8 @@ def route(
     *,
     group_T: Tensor,
     num_groups: int,
+    modality_T: Tensor | None = None,
+    num_modalities: int = 1,
     capacity_G: Tensor | None = None,
     noise_TE: Tensor | None = None,
     sigmoid: bool = False,
@@ -92,6 +99,7 @@ def route(
     Args:
         logits_TE: fp32.
         group_T: int64, group of each token, below `num_groups`.
+        modality_T: int64, modality of each token, below `num_modalities`, to count by; None counts all.
         capacity_G: int64, slots of each expert for a group; None drops nothing.
         noise_TE: added to the logits where experts are chosen, not in their scores.
         sigmoid: scores are sigmoids; for balance and entropy they are divided by their sum over experts.
@@ -102,9 +110,9 @@ def route(
     begin, num_own = own or (0, logits_TE.shape[0])
     found = _route(
         logits_TE, noise_TE, group_T, capacity_G, num_groups, num_choices, sigmoid, renormalise, align, begin,
-        num_own,
+        num_own, modality_T, num_modalities,
     )  # fmt: skip
-    return Routing(*found[:8], entropy=found[8].detach())
+    return Routing(*found[:10], entropy=found[10].detach())
 
 
 # ---------------------------------------------------------------------------------------------- definition
@@ -122,6 +130,8 @@ def route_definition(
     align: int,
     begin: int,
     num_own: int,
+    modality_T: Tensor | None,
+    num_modalities: int,
 ) -> Outputs:
     (num_tokens, num_experts), device = logits_TE.shape, logits_TE.device
     chosen_TE = logits_TE if noise_TE is None else logits_TE + noise_TE
@@ -162,54 +172,18 @@ def route_definition(
     first_GE = group_TG.t() @ F.one_hot(expert_TK[:, 0], num_experts).to(logits_TE.dtype)
     balance_G = num_experts * (first_GE * (group_TG.t() @ share_TE)).sum(-1) / tokens_G.square()
     z_loss_G = (torch.logsumexp(logits_TE, dim=-1).square() @ group_TG) / tokens_G
+    modality_TK = (torch.zeros_like(group_T) if modality_T is None else modality_T)[:, None].expand_as(
+        expert_TK
+    )
+    counts_Q = count((modality_TK * num_experts + expert_TK).flatten(), num_modalities * num_experts)
+    dropped_M = torch.zeros(num_modalities, dtype=torch.int64, device=device)
+    dropped_M.scatter_add_(0, modality_TK.flatten(), (~kept_TK).long().flatten())
     entropy = -torch.xlogy(share_TE, share_TE).sum()
     return (
         expert_TK, weight_TK, kept_TK, ends_E.to(torch.int32), row_token_N[:-1].contiguous(), token_row_TK,
-        balance_G, z_loss_G, entropy, first_GE, tokens_G,
+        balance_G, z_loss_G, counts_Q.view(num_modalities, num_experts), dropped_M, entropy, first_GE,
+        tokens_G,
     )  # fmt: skip
-
-
-def route_backward_definition(
-    grad_weight_TK: Tensor,
-    grad_balance_G: Tensor,
-    grad_z_loss_G: Tensor,
-    logits_TE: Tensor,
-    group_T: Tensor,
-    expert_TK: Tensor,
-    kept_TK: Tensor,
-    first_GE: Tensor,
-    tokens_G: Tensor,
-    sigmoid: bool,
-    renormalise: bool,
-) -> Tensor:
-    score_TE, share_TE = scores(logits_TE, sigmoid)
-    raw_TK = score_TE.gather(1, expert_TK) * kept_TK
-    grad_raw_TK = grad_weight_TK
-    if renormalise:
-        sum_T1 = raw_TK.sum(-1, keepdim=True)
-        mean_T1 = (grad_weight_TK * raw_TK).sum(-1, keepdim=True) / sum_T1.clamp_min(EPSILON)
-        grad_raw_TK = (grad_weight_TK - mean_T1 * (sum_T1 >= EPSILON)) / sum_T1.clamp_min(EPSILON)
-    grad_score_TE = torch.zeros_like(score_TE).scatter_(1, expert_TK, grad_raw_TK * kept_TK)
-    num_experts = logits_TE.shape[1]
-    grad_share_TE = ((num_experts * grad_balance_G / tokens_G.square())[:, None] * first_GE)[group_T]
-    if sigmoid:
-        centred_TE = grad_share_TE - (share_TE * grad_share_TE).sum(-1, keepdim=True)
-        grad_score_TE = grad_score_TE + centred_TE / score_TE.sum(-1, keepdim=True)
-        grad_TE = grad_score_TE * score_TE * (1 - score_TE)
-    else:
-        grad_score_TE = grad_score_TE + grad_share_TE
-        grad_TE = score_TE * (grad_score_TE - (score_TE * grad_score_TE).sum(-1, keepdim=True))
-    scale_T = (grad_z_loss_G / tokens_G)[group_T] * 2 * torch.logsumexp(logits_TE, dim=-1)
-    return grad_TE + scale_T[:, None] * torch.softmax(logits_TE, dim=-1)
-
-
-def scores(logits_TE: Tensor, sigmoid: bool) -> tuple[Tensor, Tensor]:
-    """Of each token and expert the score, and its share of the token's scores."""
-    if not sigmoid:
-        score_TE = torch.softmax(logits_TE, dim=-1)
-        return score_TE, score_TE
-    score_TE = torch.sigmoid(logits_TE)
-    return score_TE, score_TE / score_TE.sum(-1, keepdim=True)
 
 
 def inverse(order_N: Tensor) -> Tensor:
@@ -240,15 +214,18 @@ def _route(
     align: int,
     begin: int,
     num_own: int,
+    modality_T: Tensor | None,
+    num_modalities: int,
 ) -> Outputs:
     if not use_triton(logits_TE) or logits_TE.shape[0] == 0:
         return route_definition(
             logits_TE, noise_TE, group_T, capacity_G, num_groups, num_choices, sigmoid, renormalise, align,
-            begin, num_own,
+            begin, num_own, modality_T, num_modalities,
         )  # fmt: skip
     (num_tokens, num_experts), k = logits_TE.shape, num_choices
-    outputs = _empty(logits_TE, num_groups, k, align, num_own)
-    expert, weight, kept, offsets, row_token, token_row, balance, z_loss, entropy, first, tokens = outputs
+    outputs = _empty(logits_TE, num_groups, k, align, num_own, num_modalities)
+    expert, weight, kept, offsets, row_token, token_row, balance, z_loss, choices, drops, *others = outputs
+    entropy, first, tokens = others
     tile = tile_of(num_experts)
     num_blocks = divide_up(num_tokens, tile["BLOCK_T"])
 
@@ -259,28 +236,34 @@ def _route(
     counts, group_counts = new(num_blocks, k, num_experts), new(num_blocks, num_groups, k, num_experts)
     share_sums = new(num_blocks, num_groups, num_experts, dtype=torch.float32)
     scalar_sums, ranges = new(num_blocks, num_groups + 1, dtype=torch.float32), new(num_blocks, 2)
+    tallies = new(num_blocks, num_modalities, num_experts + 1)
     group_T, end = group_T.contiguous(), begin + num_own
+    modality_T = None if modality_T is None else modality_T.contiguous()
     shape = {"E": num_experts, "K": k, **tile, "num_warps": WARPS}
     choose_kernel[(num_blocks,)](
-        logits_TE.contiguous(), None if noise_TE is None else noise_TE.contiguous(), group_T, expert, score,
-        kept, group_counts, counts, share_sums, scalar_sums, ranges, num_tokens, num_groups, begin, end,
-        SIGMOID=sigmoid, **shape,
+        logits_TE.contiguous(), None if noise_TE is None else noise_TE.contiguous(), group_T, modality_T,
+        expert, score, kept, group_counts, counts, share_sums, scalar_sums, ranges, tallies, num_tokens,
+        num_groups, begin, end, M=num_modalities, SIGMOID=sigmoid, **shape,
     )  # fmt: skip
     if capacity_G is not None:
         fit_kernel[(num_blocks,)](
-            group_T, expert, capacity_G.contiguous(), group_counts, ranges, kept, counts, num_tokens,
-            num_groups, num_blocks, begin, end, **blocks_of(num_experts), **shape,
+            group_T, modality_T, expert, capacity_G.contiguous(), group_counts, ranges, kept, counts, tallies,
+            num_tokens, num_groups, num_blocks, begin, end, M=num_modalities, **blocks_of(num_experts),
+            **shape,
         )  # fmt: skip
     place_kernel[(num_blocks + num_groups,)](
         expert, score, None if capacity_G is None else kept, counts, group_counts, share_sums, scalar_sums,
-        ranges, weight, token_row, row_token, offsets, balance, z_loss, entropy, first, tokens, num_tokens,
+        ranges, tallies, weight, token_row, row_token, offsets, balance, z_loss, entropy, first, tokens,
+        choices, drops, num_tokens,
         num_groups, num_blocks, begin, end, row_token.shape[0], divide_up(row_token.shape[0], num_blocks),
-        EPSILON, ALIGN=align, RENORMALISE=renormalise, **blocks_of(num_experts), **shape,
+        EPSILON, M=num_modalities, ALIGN=align, RENORMALISE=renormalise, **blocks_of(num_experts), **shape,
     )  # fmt: skip
     return outputs
 
 
-def _empty(logits_TE: Tensor, num_groups: int, num_choices: int, align: int, num_own: int) -> Outputs:
+def _empty(
+    logits_TE: Tensor, num_groups: int, num_choices: int, align: int, num_own: int, num_modalities: int
+) -> Outputs:
     num_tokens, num_experts = logits_TE.shape
 
     def new(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -296,6 +279,8 @@ def _empty(logits_TE: Tensor, num_groups: int, num_choices: int, align: int, num
         new(num_own, num_choices),
         new(num_groups, dtype=real),
         new(num_groups, dtype=real),
+        new(num_modalities, num_experts),
+        new(num_modalities),
         new(dtype=real),
         new(num_groups, num_experts, dtype=real),
         new(num_groups, dtype=real),
@@ -305,44 +290,9 @@ def _empty(logits_TE: Tensor, num_groups: int, num_choices: int, align: int, num
 @_route.register_fake
 def _(
     logits_TE, noise_TE, group_T, capacity_G, num_groups, num_choices, sigmoid, renormalise, align, begin,
-    num_own,
+        num_own, modality_T, num_modalities,
 ):  # fmt: skip
-    return _empty(logits_TE, num_groups, num_choices, align, num_own)
-
-
-@torch.library.custom_op("eve_kernels::route_backward", mutates_args=())
-def _route_backward(
-    grad_weight_TK: Tensor,
-    grad_balance_G: Tensor,
-    grad_z_loss_G: Tensor,
-    logits_TE: Tensor,
-    group_T: Tensor,
-    expert_TK: Tensor,
-    kept_TK: Tensor,
-    first_GE: Tensor,
-    tokens_G: Tensor,
-    sigmoid: bool,
-    renormalise: bool,
-) -> Tensor:
-    tensors = (
-        grad_weight_TK, grad_balance_G, grad_z_loss_G, logits_TE, group_T, expert_TK, kept_TK, first_GE,
-        tokens_G,
-    )  # fmt: skip
-    if not use_triton(logits_TE) or logits_TE.shape[0] == 0:
-        return route_backward_definition(*tensors, sigmoid, renormalise)
-    num_tokens, num_experts = logits_TE.shape
-    grad_TE = torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
-    tile = tile_of(num_experts)
-    route_backward_kernel[(divide_up(num_tokens, tile["BLOCK_T"]),)](
-        *(tensor.contiguous() for tensor in tensors), grad_TE, num_tokens, EPSILON, E=num_experts,
-        K=expert_TK.shape[1], SIGMOID=sigmoid, RENORMALISE=renormalise, **tile, num_warps=WARPS,
-    )  # fmt: skip
-    return grad_TE
-
-
-@_route_backward.register_fake
-def _(grad_weight_TK, grad_balance_G, grad_z_loss_G, logits_TE, *others) -> Tensor:
-    return torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
+    return _empty(logits_TE, num_groups, num_choices, align, num_own, num_modalities)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -353,10 +303,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     _, grad_weight_TK, _, _, _, _, grad_balance_G, grad_z_loss_G, *_ = grads
-    grad_TE = _route_backward(
+    grad_TE = route_backward(
         grad_weight_TK, grad_balance_G, grad_z_loss_G, *ctx.saved_tensors, ctx.sigmoid, ctx.renormalise
     )
-    return grad_TE, *[None] * 10
+    return grad_TE, *[None] * 12
 
 
 _route.register_autograd(_backward, setup_context=_save)

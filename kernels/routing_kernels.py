@@ -1,4 +1,4 @@
-"""The kernels of kernels/routing.py: choose, fit, place, and their backward. Dataflow and suffixes as there.
+"""The kernels of kernels/routing.py: choose, fit, place. Dataflow and suffixes as there.
 
 Tables between the launches, for B blocks of BLOCK_T tokens:
     group_counts  int32 (B, G, K, E)  choices of a block's tokens; written for the groups lo..hi of the block
@@ -6,6 +6,7 @@ Tables between the launches, for B blocks of BLOCK_T tokens:
     share_sums    fp32 (B, G, E)      sums of shares over the tokens of a group; written as above
     scalar_sums   fp32 (B, G + 1)     sums of squared logsumexps, as above; last the sum of entropies
     ranges        int32 (B, 2)        lo, hi
+    tallies       int32 (B, M, E + 1) choices of the tokens of each modality; last those that were dropped
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ WARPS = 8
 
 
 def tile_of(num_experts: int) -> dict[str, int]:
-    """4,096 pairs of token and expert: 16 for each of a program's 256 threads."""
+    """At most 4,096 pairs of token and expert: 16 for each of a program's 256 threads."""
     block_e = power_of_2(num_experts)
-    return {"BLOCK_T": max(16, min(256, 4096 // block_e)), "BLOCK_E": block_e}
+    return {"BLOCK_T": max(16, min(128, 4096 // block_e)), "BLOCK_E": block_e}
 
 
 def blocks_of(num_experts: int) -> dict[str, int]:
@@ -28,9 +29,11 @@ def blocks_of(num_experts: int) -> dict[str, int]:
 
 @jit
 def choose_kernel(
-    logits, noise, group, expert, score, kept, group_counts, counts, share_sums, scalar_sums, ranges,
+    logits, noise, group, modality, expert, score, kept, group_counts, counts, share_sums, scalar_sums,
+    ranges, tallies,
     num_tokens, num_groups, begin, end,
-    E: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     token_T = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -77,6 +80,14 @@ def choose_kernel(
             count_E = tl.sum((chosen_TE & (group_T == g)[:, None]).to(tl.int32), axis=0)
             place_E = ((block * num_groups + g) * K + k) * E + lane_E
             tl.store(group_counts + place_E, count_E, mask=lane_E < E)
+    modality_T = tl.zeros([BLOCK_T], tl.int32)
+    if modality is not None:
+        modality_T = tl.load(modality + token_T, mask=inside_T, other=0).to(tl.int32)
+    for m in tl.static_range(M):
+        taken_TE = tile_TE & ~free_TE & (modality_T == m)[:, None]
+        place_E = (block * M + m) * (E + 1) + lane_E
+        tl.store(tallies + place_E, tl.sum(taken_TE.to(tl.int32), axis=0), mask=lane_E < E)
+        tl.store(tallies + (block * M + m) * (E + 1) + E, 0)
 
 
 @jit
@@ -97,9 +108,10 @@ def token_scores(logits_TE, tile_TE, inside_T, SIGMOID: tl.constexpr):
 
 @jit
 def fit_kernel(
-    group, expert, capacity, group_counts, ranges, kept, counts,
+    group, modality, expert, capacity, group_counts, ranges, kept, counts, tallies,
     num_tokens, num_groups, num_blocks, begin, end,
-    E: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
     token_T = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -109,6 +121,7 @@ def fit_kernel(
     group_T = tl.load(group + token_T, mask=inside_T, other=-1).to(tl.int32)
     capacity_T = tl.load(capacity + group_T, mask=inside_T, other=0)
     lo, hi = tl.load(ranges + block * 2), tl.load(ranges + block * 2 + 1)
+    dropped_T = tl.zeros([BLOCK_T], tl.int32)
     for k in tl.static_range(K):  # pyright: ignore
         expert_T = tl.load(expert + token_T * K + k, mask=inside_T, other=-1).to(tl.int32)
         chosen_TE = expert_T[:, None] == lane_E[None, :]
@@ -129,18 +142,26 @@ def fit_kernel(
             queue_TE = tl.cumsum(mine_TE, axis=0) - 1 + ahead_E[None, :]
             place_T += tl.sum(tl.where(mine_TE > 0, queue_TE, 0), axis=1)
         kept_T = inside_T & (place_T < capacity_T)
+        dropped_T += (inside_T & ~kept_T).to(tl.int32)
         tl.store(kept + token_T * K + k, kept_T, mask=inside_T)
         count_E = tl.sum((chosen_TE & (kept_T & own_T)[:, None]).to(tl.int32), axis=0)
         tl.store(counts + (block * K + k) * E + lane_E, count_E, mask=lane_E < E)
+    modality_T = tl.zeros([BLOCK_T], tl.int32)
+    if modality is not None:
+        modality_T = tl.load(modality + token_T, mask=inside_T, other=0).to(tl.int32)
+    for m in tl.static_range(M):
+        dropped = tl.sum(tl.where(modality_T == m, dropped_T, 0))
+        tl.store(tallies + (block * M + m) * (E + 1) + E, dropped)
 
 
 @jit
 def place_kernel(
-    expert, score, kept, counts, group_counts, share_sums, scalar_sums, ranges,
+    expert, score, kept, counts, group_counts, share_sums, scalar_sums, ranges, tallies,
     weight, token_row, row_token, offsets, balance, z_loss, entropy, first_counts, token_counts,
+    choices, drops,
     num_tokens, num_groups, num_blocks, begin, end, num_rows, rows_each, epsilon,
-    E: tl.constexpr, K: tl.constexpr, ALIGN: tl.constexpr, RENORMALISE: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, ALIGN: tl.constexpr, RENORMALISE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     if program < num_blocks:
@@ -154,6 +175,8 @@ def place_kernel(
             program - num_blocks, group_counts, share_sums, scalar_sums, ranges, balance, z_loss, entropy,
             first_counts, token_counts, num_groups, num_blocks, E, K, BLOCK_E, BLOCK_B,
         )  # fmt: skip
+        if program == num_blocks:
+            sum_tallies(tallies, choices, drops, num_blocks, E, M, BLOCK_E, BLOCK_B)
 
 
 @jit
@@ -263,64 +286,33 @@ def sum_losses(
 
 
 @jit
-def route_backward_kernel(
-    grad_weight, grad_balance, grad_z_loss, logits, group, expert, kept, first_counts, token_counts, grad,
-    num_tokens, epsilon,
-    E: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr, RENORMALISE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    token_T = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    inside_T = token_T < num_tokens
+def sum_tallies(tallies, choices, drops, num_blocks, E: tl.constexpr, M: tl.constexpr,
+                BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr):  # fmt: skip
     lane_E = tl.arange(0, BLOCK_E)
-    place_TE = token_T[:, None] * E + lane_E[None, :]
-    tile_TE = inside_T[:, None] & (lane_E < E)[None, :]
-    logits_TE = tl.load(logits + place_TE, mask=tile_TE, other=float("-inf"))
-    score_TE, share_TE, logsumexp_T = token_scores(logits_TE, tile_TE, inside_T, SIGMOID)
-    total_T = tl.zeros([BLOCK_T], tl.float32)
-    product_T = tl.zeros([BLOCK_T], tl.float32)
-    for k in tl.static_range(K):
-        expert_T = tl.load(expert + token_T * K + k, mask=inside_T, other=-1).to(tl.int32)
-        kept_T = tl.load(kept + token_T * K + k, mask=inside_T, other=0) != 0
-        mine_TE = (expert_T[:, None] == lane_E[None, :]) & kept_T[:, None]
-        raw_T = tl.sum(tl.where(mine_TE, score_TE, 0.0), axis=1)
-        total_T += raw_T
-        product_T += raw_T * tl.load(grad_weight + token_T * K + k, mask=inside_T, other=0.0)
-    divisor_T = tl.maximum(total_T, epsilon)
-    mean_T = tl.where(total_T >= epsilon, product_T / divisor_T, 0.0)
-    grad_score_TE = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-    for k in tl.static_range(K):
-        expert_T = tl.load(expert + token_T * K + k, mask=inside_T, other=-1).to(tl.int32)
-        kept_T = tl.load(kept + token_T * K + k, mask=inside_T, other=0) != 0
-        grad_T = tl.load(grad_weight + token_T * K + k, mask=inside_T, other=0.0)
-        if RENORMALISE:
-            grad_T = (grad_T - mean_T) / divisor_T
-        mine_TE = (expert_T[:, None] == lane_E[None, :]) & kept_T[:, None]
-        grad_score_TE += tl.where(mine_TE, grad_T[:, None], 0.0)
-    group_T = tl.load(group + token_T, mask=inside_T, other=0).to(tl.int64)
-    tokens_T = tl.load(token_counts + group_T, mask=inside_T, other=1.0)
-    scale_T = E * tl.load(grad_balance + group_T, mask=inside_T, other=0.0) / (tokens_T * tokens_T)
-    first_TE = tl.load(first_counts + group_T[:, None] * E + lane_E[None, :], mask=tile_TE, other=0.0)
-    grad_share_TE = scale_T[:, None] * first_TE
-    if SIGMOID:
-        centred_TE = grad_share_TE - tl.sum(share_TE * grad_share_TE, axis=1)[:, None]
-        all_T = tl.where(inside_T, tl.sum(score_TE, axis=1), 1.0)
-        grad_TE = (grad_score_TE + centred_TE / all_T[:, None]) * score_TE * (1.0 - score_TE)
-    else:
-        grad_score_TE += grad_share_TE
-        grad_TE = score_TE * (grad_score_TE - tl.sum(score_TE * grad_score_TE, axis=1)[:, None])
-    z_T = 2.0 * logsumexp_T * tl.load(grad_z_loss + group_T, mask=inside_T, other=0.0) / tokens_T
-    probability_TE = tl.where(tile_TE, tl.exp(logits_TE - logsumexp_T[:, None]), 0.0)
-    tl.store(grad + place_TE, grad_TE + z_T[:, None] * probability_TE, mask=tile_TE)
+    for m in tl.static_range(M):  # pyright: ignore
+        chosen_BE = tl.zeros([BLOCK_B, BLOCK_E], tl.int64)
+        dropped_B = tl.zeros([BLOCK_B], tl.int64)
+        for first in range(0, num_blocks, BLOCK_B):
+            block_B = (first + tl.arange(0, BLOCK_B)).to(tl.int64)
+            there_B = block_B < num_blocks
+            place_B = (block_B * M + m) * (E + 1)
+            mask_BE = there_B[:, None] & (lane_E < E)[None, :]
+            chosen_BE += tl.load(tallies + place_B[:, None] + lane_E[None, :], mask=mask_BE, other=0)
+            dropped_B += tl.load(tallies + place_B + E, mask=there_B, other=0)
+        tl.store(choices + m * E + lane_E, tl.sum(chosen_BE, axis=0), mask=lane_E < E)
+        tl.store(drops + m, tl.sum(dropped_B))
 
 
 def _compile_cases() -> list[CompileCase]:
     indices = {"group": "*i64", "expert": "*i64"}
     tables = {"group_counts": "*i32", "share_sums": "*fp32", "scalar_sums": "*fp32", "ranges": "*i32"}
+    tables["tallies"] = "*i32"
     losses = dict.fromkeys(("balance", "z_loss", "entropy", "first_counts", "token_counts"), "*fp32")
     sizes = {"num_tokens": "i32", "num_groups": "i32", "num_blocks": "i32", "begin": "i32", "end": "i32"}
     cases = []
     for num_experts, k, sigmoid in ((8, 2, False), (32, 2, False), (64, 1, True)):
         shape = {"E": num_experts, "K": k, **tile_of(num_experts)}
+        pair = {"M": 2}
         blocks, soft = blocks_of(num_experts), {"SIGMOID": sigmoid}
         name = f"E={num_experts} K={k}"
 
@@ -333,40 +325,45 @@ def _compile_cases() -> list[CompileCase]:
             case(
                 "choose",
                 choose_kernel,
-                {"logits": "*fp32", **indices, "score": "*fp32", "kept": "*i1", "counts": "*i32", **tables}
+                {"logits": "*fp32", **indices, "modality": "*i64", "score": "*fp32", "kept": "*i1"}
+                | {"counts": "*i32", **tables}
                 | {name: kind for name, kind in sizes.items() if name != "num_blocks"},
-                {"noise": None, **soft},
+                {"noise": None, **soft, **pair},
             ),
             case(
                 "fit",
                 fit_kernel,
-                {**indices, "capacity": "*i64", "group_counts": "*i32", "ranges": "*i32", "kept": "*i1"}
-                | {"counts": "*i32", **sizes},
-                blocks,
+                {**indices, "modality": "*i64", "capacity": "*i64", "group_counts": "*i32", "ranges": "*i32"}
+                | {"kept": "*i1", "counts": "*i32", "tallies": "*i32", **sizes},
+                {**blocks, **pair},
             ),
             case(
                 "place",
                 place_kernel,
                 {"expert": "*i64", "score": "*fp32", "kept": "*i1", "counts": "*i32", **tables, **losses}
                 | {"weight": "*fp32", "token_row": "*i64", "row_token": "*i64", "offsets": "*i32", **sizes}
-                | {"num_rows": "i32", "rows_each": "i32", "epsilon": "fp32"},
-                {"ALIGN": 8, "RENORMALISE": True, **blocks},
+                | {
+                    "choices": "*i64",
+                    "drops": "*i64",
+                    "num_rows": "i32",
+                    "rows_each": "i32",
+                    "epsilon": "fp32",
+                },
+                {"ALIGN": 8, "RENORMALISE": True, **blocks, **pair},
             ),
             case(
                 "place, dropless",
                 place_kernel,
                 {"expert": "*i64", "score": "*fp32", "counts": "*i32", **tables, **losses}
                 | {"weight": "*fp32", "token_row": "*i64", "row_token": "*i64", "offsets": "*i32", **sizes}
-                | {"num_rows": "i32", "rows_each": "i32", "epsilon": "fp32"},
-                {"kept": None, "ALIGN": 1, "RENORMALISE": True, **blocks},
-            ),
-            case(
-                "backward",
-                route_backward_kernel,
-                {"grad_weight": "*fp32", "grad_balance": "*fp32", "grad_z_loss": "*fp32", "logits": "*fp32"}
-                | {**indices, "kept": "*i1", "first_counts": "*fp32", "token_counts": "*fp32"}
-                | {"grad": "*fp32", "num_tokens": "i32", "epsilon": "fp32"},
-                {"RENORMALISE": True, **soft},
+                | {
+                    "choices": "*i64",
+                    "drops": "*i64",
+                    "num_rows": "i32",
+                    "rows_each": "i32",
+                    "epsilon": "fp32",
+                },
+                {"kept": None, "ALIGN": 1, "RENORMALISE": True, **blocks, **pair},
             ),
         ]
     return cases

@@ -99,6 +99,7 @@ def test_equals_a_loop_over_tokens(path, shape, grouping, settings):
         even = num_tokens * k // (num_experts * num_groups)
         capacity = torch.tensor([max(1, even - g) for g in range(num_groups)])
     align = {"own": 8, "skew": 4}.get(settings, 1)
+    modality = torch.arange(num_tokens) % 5 // 3 if grouping == "mixed" else None
     begin, num_own = (num_tokens // 3, num_tokens // 2) if settings == "own" else (0, num_tokens)
     sigmoid, renormalise = settings == "sigmoid", settings != "raw"
 
@@ -111,6 +112,8 @@ def test_equals_a_loop_over_tokens(path, shape, grouping, settings):
             num_groups=num_groups,
             capacity_G=None if capacity is None else capacity.to(path),
             noise_TE=None if noise is None else noise.to(path),
+            modality_T=None if modality is None else modality.to(path),
+            num_modalities=1 if modality is None else 2,
             sigmoid=sigmoid,
             renormalise=renormalise,
             align=align,
@@ -135,6 +138,15 @@ def test_equals_a_loop_over_tokens(path, shape, grouping, settings):
     num_rows = num_own * k + num_experts * (align - 1)
     assert found.row_token_N.tolist() == row_token + [0] * (num_rows - len(row_token))
     assert found.token_row_TK.tolist() == token_row
+
+    counts, dropped = torch.zeros(2, num_experts), torch.zeros(2)
+    for t in range(num_tokens):
+        m = 0 if modality is None else int(modality[t])
+        counts[m, expert[t]] += 1
+        dropped[m] += k - sum(kept[t])
+    assert found.counts_ME.tolist() == counts[: len(found.counts_ME)].tolist()
+    assert found.dropped_M.tolist() == dropped[: len(found.dropped_M)].tolist()
+    assert len(found.dropped_M) == (1 if modality is None else 2)
 
     leaf = logits.double().requires_grad_()
     index = torch.tensor(expert, dtype=torch.int64).view(num_tokens, k)
@@ -194,6 +206,8 @@ def test_the_plan_is_the_one_of_the_model(path):
         2,
         group_T=group.to(path),
         num_groups=2,
+        modality_T=layout.modality_T.to(path),
+        num_modalities=2,
         capacity_G=(slots - 1e-9).ceil().long().to(path),
     )
     plan = output.plan
@@ -203,6 +217,8 @@ def test_the_plan_is_the_one_of_the_model(path):
     assert found.token_row_TK.tolist() == plan.token_row_TK.tolist()
     assert found.row_token_N[:end].tolist() == plan.row_token_N[:end].tolist()
     torch.testing.assert_close(found.weight_TK.cpu(), plan.weight_TK.detach())
+    assert found.counts_ME.tolist() == output.stats.counts_ME.tolist()
+    assert found.dropped_M.tolist() == output.stats.dropped_M.tolist()
     torch.testing.assert_close(found.balance_G.mean().cpu(), output.stats.load_balance)
     torch.testing.assert_close(found.z_loss_G.mean().cpu(), output.stats.z_loss)
     torch.testing.assert_close(found.entropy.cpu(), output.stats.entropy, atol=1e-4, rtol=1e-5)
@@ -227,7 +243,21 @@ def test_compiles_whole_and_checkpoints(path):
 
 def test_registration(path):
     logits, group, _ = tensors((30, 5, 2, 3), False, "mixed")
-    arguments = (logits.to(path).requires_grad_(), None, group.to(path), None, 3, 2, False, True, 4, 0, 30)
+    arguments = (
+        logits.to(path).requires_grad_(),
+        None,
+        group.to(path),
+        None,
+        3,
+        2,
+        False,
+        True,
+        4,
+        0,
+        30,
+        None,
+        1,
+    )
     # Its check of compilation adds up the outputs, which here are of several types.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.eve_kernels.route.default, arguments, test_utils=checks)
