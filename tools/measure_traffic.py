@@ -81,13 +81,14 @@ class Collectives:
     sent: float = 0.0
     seconds: list[float] = field(default_factory=list)
 
-    _originals: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    # As they stand in the class: what getattr gives of these would no longer get the instance.
+    _originals: dict[str, Any] = field(default_factory=dict)
 
     def watch(self) -> None:
         for name, bytes_sent in SENT.items():
             original = getattr(dist.ProcessGroup, name, None)
             if original is not None:
-                self._originals[name] = original
+                self._originals[name] = vars(dist.ProcessGroup)[name]
                 setattr(dist.ProcessGroup, name, self._watched(original, bytes_sent))
 
     def release(self) -> None:

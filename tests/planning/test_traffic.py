@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from eve.config import load_recipe
+from eve.parallel.topology import Topology
 from eve.planning.layout import Layout, passes_of
 from eve.planning.traffic import Transfer, summed, transfers
 from eve.planning.weights import ModelWeights
@@ -83,6 +84,8 @@ def counted(recipe_path: Path, overrides: tuple[str, ...], zero_stage: int) -> f
         return measure(recipe, zero_stage, 1, collectives).counted
     finally:
         collectives.release()
+        # The process stays in the pool, and its collectives are as they were.
+        assert Topology.from_environment().gather_objects(1) == [1] * 4
 
 
 @pytest.mark.parametrize(
