@@ -58,6 +58,7 @@ class TokenLayout:
         offsets_B1: int32 (B + 1), where each sample begins in that order.
         ends_M: int32 (2), end of the image rows and of the text rows of x_TD.
         text_position_N: int64, place of each text token in its text.
+        seed_B: int64, key of each sample's random numbers (eve/random.py); None outside training.
     """
 
     held: Rows
@@ -77,6 +78,7 @@ class TokenLayout:
     offsets_B1: Tensor
     ends_M: Tensor
     text_position_N: Tensor
+    seed_B: Tensor | None
 
     @property
     def num_tokens(self) -> int:
@@ -91,7 +93,10 @@ class TokenLayout:
 
     @staticmethod
     def build(
-        image_lengths: list[int], text_lengths: list[int], device: torch.device | str = "cpu"
+        image_lengths: list[int],
+        text_lengths: list[int],
+        device: torch.device | str = "cpu",
+        seed_B: Tensor | None = None,
     ) -> TokenLayout:
         lengths = np.asarray([image_lengths, text_lengths], dtype=np.int64)
         num_samples = lengths.shape[1]
@@ -139,6 +144,7 @@ class TokenLayout:
             offsets_B1=put(offsets.astype(np.int32)),
             ends_M=put(np.asarray([num_image, len(sample)], dtype=np.int32)),
             text_position_N=put(text_position),
+            seed_B=seed_B,
         )
 
 

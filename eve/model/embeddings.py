@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve.config import Model
-from eve.model import random
+from eve import random
 from eve.model.layers import Layers
 from eve.packing import TokenLayout
 
@@ -75,13 +75,13 @@ class TextEmbedding(nn.Module):
         self.position.no_weight_decay = True  # pyright: ignore
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
-    def forward(self, tokens_N: Tensor, layout: TokenLayout, seed_B: Tensor | None) -> Tensor:
-        """(N,) -> (N, D). `seed_B` None: no dropout."""
+    def forward(self, tokens_N: Tensor, layout: TokenLayout) -> Tensor:
+        """(N,) -> (N, D). Without `layout.seed_B` there is no dropout."""
         x_ND = self.norm(self.word(tokens_N))
         position_N = layout.text_position_N
-        if self.dropout and seed_B is not None:
+        if self.dropout and layout.seed_B is not None:
             sample_N = layout.sample_T[layout.num_image :]
-            seed_N = random.mix(seed_B[sample_N], position_N)
+            seed_N = random.mix(layout.seed_B[sample_N], position_N)
             columns_D = torch.arange(x_ND.shape[1], device=x_ND.device)
             x_ND = x_ND * random.keep_scale(seed_N[:, None], columns_D, self.dropout).to(x_ND.dtype)
         return x_ND + F.embedding(position_N, self.position)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from eve.config import Model
-from eve.model import random
+from eve import random
 from eve.model.block import Block
 from eve.model.embeddings import ImageEmbedding, TextEmbedding
 from eve.model.layers import Layers, Norm
@@ -99,25 +99,26 @@ class Encoder(nn.Module):
             image_ID = self.image_embedding(images_BCHW, visible_BV) + self.type_embedding[0]
             num_visible = image_ID.shape[0] // num_samples
             parts.append(image_ID)
-        layout = TokenLayout.build(
-            [num_visible] * num_samples, text_lengths or [0] * num_samples, reference.device
-        )
         seed_B = seed_B if self.training else None
+        layout = TokenLayout.build(
+            [num_visible] * num_samples, text_lengths or [0] * num_samples, reference.device, seed_B
+        )
         if tokens_N is not None:
-            parts.append(self.text_embedding(tokens_N, layout, seed_B) + self.type_embedding[1])
+            parts.append(self.text_embedding(tokens_N, layout) + self.type_embedding[1])
         x_TD = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.embedding_norm is not None:
             x_TD = self.embedding_norm(x_TD)
         x_TD, layout = self.tokens.split(x_TD, layout)
         routing = []
         for index, block in enumerate(self.blocks):
-            keep_2T = self._keep(index, layout, seed_B)
+            keep_2T = self._keep(index, layout)
             x_TD, output = self._run(block, x_TD, layout, keep_2T)
             if output is not None:
                 routing.append(output)
         return EncoderOutput(self.tokens.join(self.norm(x_TD), layout), layout, routing)
 
-    def _keep(self, index: int, layout: TokenLayout, seed_B: Tensor | None) -> Tensor | None:
+    def _keep(self, index: int, layout: TokenLayout) -> Tensor | None:
+        seed_B = layout.seed_B
         if seed_B is None or self.drop_path[index] == 0:
             return None
         branch_21 = torch.arange(2, device=seed_B.device)[:, None]

@@ -228,7 +228,7 @@ def test_parameter_counts_are_the_papers(size, total, soft, active):
 
 
 def test_noise_is_uniform_and_independent():
-    from eve.model import random
+    from eve import random
 
     numbers = random.uniform(torch.arange(200)[:, None], torch.arange(-100, 100)).numpy()
     assert numbers.min() >= 0
