@@ -1,10 +1,7 @@
 """Routing, forward and backward, against loops over tokens and against autograd in fp64."""
 
-import math
-
 import pytest
 import torch
-import torch.nn.functional as F
 
 from kernels.routing import route
 
@@ -180,49 +177,6 @@ def test_logits_that_are_not_numbers_name_an_expert(path):
     assert found.expert_TK[5, 0] == 2
     assert int(found.token_row_TK.min()) >= 0
     assert int(found.token_row_TK.max()) < 40
-
-
-def test_the_plan_is_the_one_of_the_model(path):
-    """eve/moe/routers.py computes the same choices, drops, rows and losses by index operations."""
-    from eve.config import FeedForward
-    from eve.moe.routers import TopKRouter
-    from eve.packing import TokenLayout
-    from eve.tokens import WholeTokens
-
-    config = FeedForward(
-        blocks=(0,), router="topk", num_experts=6, k=2, capacity_factor=0.9, min_capacity=1, group_size=2,
-        load_balance_weight=1.0, modality_vector="none",
-    )  # fmt: skip
-    router = TopKRouter(16, config, 0, WholeTokens())
-    torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
-    layout = TokenLayout.build([9, 30, 2, 14], [11, 3, 25, 8])
-    x = torch.randn(102, 16, generator=torch.Generator().manual_seed(1))
-    output = router(x, layout.held, layout)
-    logits = F.linear(x, router.weight).detach()
-    group = layout.sample_T // 2
-    slots = torch.bincount(group).double() * (0.9 * 2 / 6)
-    found = route(
-        logits.to(path),
-        2,
-        group_T=group.to(path),
-        num_groups=2,
-        modality_T=layout.modality_T.to(path),
-        num_modalities=2,
-        capacity_G=(slots - 1e-9).ceil().long().to(path),
-    )
-    plan = output.plan
-    end = int(plan.offsets_E[-1])
-    assert end < 204
-    assert found.offsets_E.tolist() == plan.offsets_E.tolist()
-    assert found.token_row_TK.tolist() == plan.token_row_TK.tolist()
-    assert found.row_token_N[:end].tolist() == plan.row_token_N[:end].tolist()
-    torch.testing.assert_close(found.weight_TK.cpu(), plan.weight_TK.detach())
-    assert found.counts_ME.tolist() == output.stats.counts_ME.tolist()
-    assert found.dropped_M.tolist() == output.stats.dropped_M.tolist()
-    torch.testing.assert_close(found.balance_G.mean().cpu(), output.stats.load_balance)
-    torch.testing.assert_close(found.z_loss_G.mean().cpu(), output.stats.z_loss)
-    torch.testing.assert_close(found.entropy.cpu(), output.stats.entropy, atol=1e-4, rtol=1e-5)
-    assert math.isfinite(found.entropy)
 
 
 def test_compiles_whole_and_checkpoints(path):
