@@ -25,6 +25,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import CompileCase, divide_up, jit, power_of_2, rows_of, tl, use_triton
@@ -74,11 +75,10 @@ def dispatch_backward_definition(
     grad_TD = rows_or_zero(grad_ND, token_row_TK[:, 0]).to(wide)
     for choice in range(1, token_row_TK.shape[1]):
         grad_TD += rows_or_zero(grad_ND, token_row_TK[:, choice])
-    grad_MD = grad_TD.new_zeros(num_vectors, grad_TD.shape[1])
-    if modality_T is not None:
-        for vector in range(num_vectors):
-            grad_MD[vector] = (grad_TD * (modality_T == vector)[:, None]).sum(0)
-    return grad_TD.to(grad_ND.dtype), grad_MD
+    if modality_T is None:
+        return grad_TD.to(grad_ND.dtype), grad_TD.new_empty(0, grad_TD.shape[1])
+    one_hot_TM = F.one_hot(modality_T, num_vectors).to(wide)
+    return grad_TD.to(grad_ND.dtype), one_hot_TM.t() @ grad_TD
 
 
 def rows_or_zero(y_ND: Tensor, row_T: Tensor) -> Tensor:

@@ -12,6 +12,10 @@ and F = 3,072 in bf16; written once more it costs 0.08 ms of an H200's 4.8 TB/s,
 0.34 ms, that is needed anyhow. Sums over rows have a fixed order: tiles of 256 rows of an expert, then its
 tiles. None of these times is measured yet.
 
+A CPU takes the experts in turn and keeps no more: fresh memory is dear there, for the kernel clears each page
+of it, which took longer than the activation did. So the activation, its gradient and the gradient of z are
+written into room for the rows of one expert.
+
 Shape suffixes: N row, E expert, D width, F hidden width, O any of these two, R tile of rows.
 """
 
@@ -20,6 +24,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import CompileCase, divide_up, jit, power_of_2, rows_of, tl, use_triton
@@ -34,6 +39,73 @@ from kernels.grouped_linear import (
 )
 
 SUM_TILE = {"BLOCK_N": 256, "LINES": 8, "BLOCK_O": 256}
+
+# ---------------------------------------------------------------------------------------------- definition
+
+
+def feed_forward_definition(
+    x_ND: Tensor, w1_EDF: Tensor, b1_EF: Tensor, w2_EFD: Tensor, b2_ED: Tensor, offsets_E: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y_ND, z_NF)."""
+    rows_E = ranges(offsets_E)
+    z_NF = x_ND.new_empty(x_ND.shape[0], w1_EDF.shape[2])
+    y_ND = x_ND.new_empty(x_ND.shape[0], w2_EFD.shape[2])
+    room_NF = _room_for_one(z_NF, rows_E)
+    for e, rows in enumerate(rows_E):
+        z, a = z_NF[rows], room_NF[: rows.stop - rows.start]
+        torch.addmm(b1_EF[e], x_ND[rows], w1_EDF[e], out=z)
+        torch.addmm(b2_ED[e], _activate_into(a, z, activation), w2_EFD[e], out=y_ND[rows])
+    return y_ND, z_NF
+
+
+def feed_forward_backward_definition(
+    grad_ND: Tensor, x_ND: Tensor, z_NF: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, offsets_E: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, w1, b1, w2, b2. That of a row which no expert has is 0."""
+    rows_E = ranges(offsets_E)
+    grad_x_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
+    grad_x_ND[rows_E[-1].stop :] = 0
+    grad_w1_EDF = torch.empty_like(w1_EDF, memory_format=torch.contiguous_format)
+    grad_w2_EFD = torch.empty_like(w2_EFD, memory_format=torch.contiguous_format)
+    grad_b1_EF = x_ND.new_empty(len(rows_E), z_NF.shape[1])
+    grad_b2_ED = x_ND.new_empty(len(rows_E), grad_ND.shape[1])
+    room_NF, grad_room_NF = _room_for_one(z_NF, rows_E), _room_for_one(z_NF, rows_E)
+    for e, rows in enumerate(rows_E):
+        grad, z, a = grad_ND[rows], z_NF[rows], room_NF[: rows.stop - rows.start]
+        torch.mm(_activate_into(a, z, activation).t(), grad, out=grad_w2_EFD[e])
+        grad_a = torch.mm(grad, w2_EFD[e].t(), out=grad_room_NF[: rows.stop - rows.start])
+        grad_z = _activation_backward(grad_a, z, activation, into=grad_a, room=a)
+        torch.sum(grad, 0, out=grad_b2_ED[e])
+        torch.sum(grad_z, 0, out=grad_b1_EF[e])
+        torch.mm(x_ND[rows].t(), grad_z, out=grad_w1_EDF[e])
+        torch.mm(grad_z, w1_EDF[e].t(), out=grad_x_ND[rows])
+    return grad_x_ND, grad_w1_EDF, grad_b1_EF, grad_w2_EFD, grad_b2_ED
+
+
+def _room_for_one(z_NF: Tensor, rows_E: list[slice]) -> Tensor:
+    """For the rows of the expert that has most."""
+    return z_NF.new_empty(max(rows.stop - rows.start for rows in rows_E), z_NF.shape[1])
+
+
+def _activate_into(out: Tensor, z: Tensor, activation: str) -> Tensor:
+    if activation == "gelu":
+        return torch.ops.aten.gelu.out(z, out=out)
+    return F.silu(torch.mul(z, 1.702, out=out), inplace=True).div_(1.702)
+
+
+def _activation_backward(
+    grad: Tensor, z: Tensor, activation: str, into: Tensor | None = None, room: Tensor | None = None
+) -> Tensor:
+    """Into a new tensor, or `into`, which may be `grad`; `room` is of the same size."""
+    into = torch.empty_like(grad) if into is None else into
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward.grad_input(grad, z, grad_input=into)
+    # z s(1.702 z) is silu(1.702 z) / 1.702.
+    scaled = torch.mul(z, 1.702, out=room)
+    return torch.ops.aten.silu_backward.grad_input(grad, scaled, grad_input=into)
+
 
 # ------------------------------------------------------------------------------------------------- kernels
 
@@ -129,12 +201,6 @@ def grouped_activation_gradient(
     return grad_z_NO, again_NO, bias_EO
 
 
-def _activation_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
-    if activation == "gelu":
-        return torch.ops.aten.gelu_backward(grad, z)
-    return torch.ops.aten.silu_backward(grad, 1.702 * z)  # z s(1.702 z) is silu(1.702 z) / 1.702
-
-
 # ------------------------------------------------------------------------------------------------ operator
 
 
@@ -143,6 +209,8 @@ def _forward(
     x_ND: Tensor, w1_EDF: Tensor, b1_EF: Tensor, w2_EFD: Tensor, b2_ED: Tensor, offsets_E: Tensor,
     activation: str, products: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if not use_triton(x_ND):
+        return feed_forward_definition(x_ND, w1_EDF, b1_EF, w2_EFD, b2_ED, offsets_E, activation)
     a_NF, z_NF = grouped_product(x_ND, w1_EDF, offsets_E, b1_EF, activation, True, products)
     y_ND, _ = grouped_product(a_NF, w2_EFD, offsets_E, b2_ED, products=products)
     assert z_NF is not None
@@ -160,6 +228,8 @@ def _backward_operator(
     grad_ND: Tensor, x_ND: Tensor, z_NF: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, offsets_E: Tensor,
     activation: str, products: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if not use_triton(grad_ND):
+        return feed_forward_backward_definition(grad_ND, x_ND, z_NF, w1_EDF, w2_EFD, offsets_E, activation)
     grad_ND = grad_ND.contiguous()
     grad_a_NF, _ = grouped_product(grad_ND, w2_EFD.transpose(1, 2), offsets_E, products=products)
     grad_z_NF, a_NF, grad_b1_EF = grouped_activation_gradient(grad_a_NF, z_NF, offsets_E, activation)

@@ -34,7 +34,7 @@ ACTIVATIONS = {"none": 0, "gelu": 1, "quick_gelu": 2}
 def activate(z: Tensor, activation: str) -> Tensor:
     if activation == "gelu":
         return F.gelu(z)
-    return z * torch.sigmoid(1.702 * z) if activation == "quick_gelu" else z
+    return F.silu(1.702 * z).div_(1.702) if activation == "quick_gelu" else z
 
 
 # ------------------------------------------------------------------------------------------------- kernels

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve.config import FeedForward
 from eve.moe.dispatch import Dispatcher
 from eve.moe.plan import RouterOutput
-from eve.moe.routers import TopKRouter, modality_plan, shared_plan
+from eve.moe.routers import TopKRouter, fusion_plan, modality_plan, shared_plan
 from eve.packing import TokenLayout
 from eve.tokens import Tokens
 
-NUM_EXPERTS_OF_HARD_ROUTERS = {"shared": 1, "modality": 2}
+NUM_EXPERTS_OF_HARD_ROUTERS = {"shared": 1, "modality": 2, "fusion": 3}
+HARD_PLANS = {"shared": shared_plan, "modality": modality_plan, "fusion": fusion_plan}
 
 
 class RoutedFeedForward(nn.Module):
@@ -42,13 +42,14 @@ class RoutedFeedForward(nn.Module):
     def forward(self, x_TD: Tensor, layout: TokenLayout) -> tuple[Tensor, RouterOutput | None]:
         """The rows `layout.held` -> the same rows."""
         if self.router is None:
-            plan = shared_plan(layout) if self.config.router == "shared" else modality_plan(layout)
+            plan = HARD_PLANS[self.config.router](layout)
             y_TD = self.experts(self.tokens.to_columns(x_TD, layout), plan.offsets_E)
             return self.tokens.from_rows(y_TD, layout), None
         x_TD, rows = self.tokens.own(x_TD, layout)
         output = self.router(x_TD, rows, layout)
+        vector_MD, modality_T = None, None
         if self.config.modality_vector == "dispatch":
-            x_TD = x_TD + F.embedding(rows.modality_T, self.router.modality_vector)  # pyright: ignore
-        x_ND = self.dispatcher.dispatch(x_TD, output.plan)
+            vector_MD, modality_T = self.router.modality_vector, rows.modality_T
+        x_ND = self.dispatcher.dispatch(x_TD, output.plan, vector_MD, modality_T)
         y_ND = self.experts(x_ND, output.plan.offsets_E)
         return self.tokens.give_back(self.dispatcher.combine(y_ND, output.plan), layout), output

@@ -77,6 +77,14 @@ def test_quick_gelu(path: str):
     check(case, *drawn(case, path), "quick_gelu", "triton", rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_64_bits_on_a_cpu(case, activation: str):
+    """As oracles of larger parts want it."""
+    leaves, offsets_E = drawn(case, "cpu", torch.float64)
+    check(case, leaves, offsets_E, activation, "grouped_mm", rtol=1e-12, atol=1e-12)
+
+
 @BOTH
 def test_16_bits_within_rounding(path: str, products: str):
     case = (150, 24, 72, [0, 70, 70, 150])

@@ -41,21 +41,21 @@ def config(**changes) -> Model:
     )
 
 
-def grouped_linear_flop(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    """(N, I) x (E, I, O) -> (N, O): each row meets one expert."""
-    return 2 * math.prod(x_shape) * weight_shape[-1]
+def feed_forward_flop(x_shape, w1_shape, *args, out_shape=None, **kwargs) -> int:
+    """(N, D) x (E, D, F), and back to D: each row meets one expert."""
+    return 4 * math.prod(x_shape) * w1_shape[-1]
 
 
-def grouped_linear_backward_flop(grad_shape, x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    """Of the input and of the weight: each row meets one expert again."""
-    return 4 * math.prod(x_shape) * weight_shape[-1]
+def feed_forward_backward_flop(grad_shape, x_shape, z_shape, *args, out_shape=None, **kwargs) -> int:
+    """Of the inputs and of the weights of both products."""
+    return 8 * math.prod(x_shape) * z_shape[-1]
 
 
 def counted(run) -> int:
     """What torch counts, attention written out as matrix products."""
     mapping = {
-        torch.ops.eve.grouped_linear: grouped_linear_flop,
-        torch.ops.eve.grouped_linear_backward: grouped_linear_backward_flop,
+        torch.ops.eve_kernels.expert_feed_forward: feed_forward_flop,
+        torch.ops.eve_kernels.expert_feed_forward_backward: feed_forward_backward_flop,
     }
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         run()
