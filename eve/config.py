@@ -51,9 +51,14 @@ class FeedForward(Section):
     """The feed-forward of some blocks: a router and its bank of experts."""
 
     blocks: Blocks
-    router: Literal["shared", "modality", "topk"]
+    # shared: one expert for all. modality: one for image and one for text tokens. fusion: as modality, and a
+    # third for all tokens of a pair (VLMo's VL-FFN). topk: experts chosen by a learned gate.
+    router: Literal["shared", "modality", "fusion", "topk"]
     # The keys below are for `topk` only.
     num_experts: int = Field(default=2, ge=1)
+    # One pool of experts for each modality (image, text), with a gate and losses of its own, instead of one
+    # pool of num_experts for both (V-MoE and T-MoE of VL-MoE).
+    experts_by_modality: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
     k: int = Field(default=2, ge=1)
     # none: the gate sees x. gate: the gate sees x + b_modality (the paper's formula).
     # dispatch: the experts see x + b_modality as well (what the official EVE code does).
@@ -83,6 +88,40 @@ class Decoder(Section):
     depth: int = Field(default=8, ge=1)
     width: int = Field(default=512, ge=1)
     heads: int = Field(default=16, ge=1)
+    # sine_cosine: the fixed 2-D table of MAE. learned: a table of weights.
+    positions: Literal["sine_cosine", "learned"] = "sine_cosine"
+
+
+class Contrast(Section):
+    """Projections of the class tokens of image and text into one space, compared by their cosine."""
+
+    # Of the projections.
+    width: int = Field(ge=1)
+    # Which experts of `fusion` routers the vectors pass: those of their modality, those of pairs (VLMo both).
+    paths: tuple[Literal["modality", "fusion"], ...] = ("modality",)
+    # Logits are cosines times exp(scale) (CLIP, VLMo) or divided by a temperature (ALBEF, EVE); both learn.
+    temperature: Literal["scale", "divisor"] = "scale"
+    initial_temperature: float = Field(default=0.07, gt=0)
+    # Least and largest temperature; null does not clamp.
+    clamp: tuple[float, float] | None = None
+
+
+class Matching(Section):
+    """Whether image and text of a pair belong together, from the text's class token."""
+
+    # A linear layer and tanh before the classifier (BERT's pooler).
+    pooler: bool = True
+
+
+class ClassTokenHead(Section):
+    """BEiT v2: some more blocks read the last class token and the patches of an early block, and predict the
+    same codes, so that the class token has to carry what the early patches lack."""
+
+    # The patches are those after so many blocks.
+    early: int = Field(ge=1)
+    depth: int = Field(default=2, ge=1)
+    # Norm and code head are those of the encoder.
+    shared: bool = True
 
 
 class Model(Section):
@@ -104,13 +143,36 @@ class Model(Section):
     # A LayerNorm over the embeddings before the first block.
     embedding_norm: bool = True
     norm_eps: float = Field(default=1e-6, gt=0)
+    # Learned vectors by position, added to the embeddings.
+    absolute_positions: bool = True
+    # Learned bias of the attention logits by distance (BEiT, VLMo): a table for each block, or one for all.
+    relative_positions: Literal["none", "blocks", "shared"] = "none"
+    # The text's LayerNorm stands before positions are added (EVE), after (BERT, VLMo), or nowhere (BEiT-3).
+    text_norm: Literal["before_positions", "after_positions", "none"] = "before_positions"
+    # Of the text embedding and of the word head; null is norm_eps. BERT has 1e-12.
+    text_norm_eps: float | None = Field(default=None, gt=0)
+    # Rows of type vectors: image, text, and a second image (NLVR2).
+    num_types: int = Field(default=2, ge=2, le=3)
+    # modality: projections of attention, and the norm before it, by modality (BEiT-3; VLMo's ablation).
+    attention: Literal["shared", "modality"] = "shared"
+    key_bias: bool = False
+    # A LayerNorm before the second matrix of each branch (Magneto, BEiT-3).
+    sub_norm: bool = False
+    final_norm: Literal["shared", "modality", "none"] = "shared"
+    # A learned vector that stands for masked patches inside the encoder.
+    mask_token: bool = False
     # Truncated normal, cut at one standard deviation.
     init_std: float = Field(default=0.02, gt=0)
     # Divide what a block's two branches write by sqrt(2 * block), blocks counted from 1.
     rescale_init: bool = False
     feed_forward: tuple[FeedForward, ...]
-    # null builds none: no masked image objective.
+    # Heads; null builds none. The decoder predicts the pixels of masked patches.
     decoder: Decoder | None = Decoder()
+    contrast: Contrast | None = None
+    matching: Matching | None = None
+    # Codes of the visual tokenizer, predicted of masked patches.
+    visual_codes: int | None = Field(default=None, ge=2)
+    class_token_head: ClassTokenHead | None = None
 
     @property
     def num_patches(self) -> int:
@@ -136,6 +198,11 @@ class Model(Section):
             )
         if self.decoder and self.decoder.width % 8:
             raise ValueError(f"decoder.width {self.decoder.width} is not a multiple of 8")
+        if self.class_token_head and (self.visual_codes is None or self.class_token_head.early >= self.depth):
+            raise ValueError(
+                f"class_token_head needs visual_codes and early < depth, found {self.visual_codes} codes and "
+                f"early {self.class_token_head.early} of depth {self.depth}"
+            )
         if self.max_text_length > self.text_positions:
             raise ValueError(
                 f"max_text_length {self.max_text_length} is more than text_positions {self.text_positions}"

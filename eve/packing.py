@@ -53,6 +53,9 @@ class TokenLayout:
         slot_T: int64, where row t stands in the (B * L) padded, sample-major order.
         row_S: int64 (B * L), the row of each padded slot; 0 where there is none.
         valid_BL: bool, the slot holds a token; None where all do.
+        keys_BL: bool, the slot holds a token that others see; None where all do. It differs from `valid_BL`
+            only for padding tokens, which other codes compute and hide (tools/verify_import.py).
+        fused: all tokens take the third expert of `fusion` routers, instead of that of their modality.
         sorted_T, unsorted_T: int64, row of each token in sample-major order without padding, and
             the inverse.
         offsets_B1: int32 (B + 1), where each sample begins in that order.
@@ -73,6 +76,8 @@ class TokenLayout:
     slot_T: Tensor
     row_S: Tensor
     valid_BL: Tensor | None
+    keys_BL: Tensor | None
+    fused: bool
     sorted_T: Tensor
     unsorted_T: Tensor
     offsets_B1: Tensor
@@ -97,7 +102,10 @@ class TokenLayout:
         text_lengths: list[int],
         device: torch.device | str = "cpu",
         seed_B: Tensor | None = None,
+        fused: bool = False,
+        padding_N: Tensor | None = None,
     ) -> TokenLayout:
+        """`padding_N` bool: text tokens that no token sees."""
         lengths = np.asarray([image_lengths, text_lengths], dtype=np.int64)
         num_samples = lengths.shape[1]
         per_sample = lengths.sum(0)
@@ -119,6 +127,10 @@ class TokenLayout:
         row[slot] = np.arange(len(sample))
         full = bool((per_sample == longest).all())
         valid = None if full else np.arange(longest)[None, :] < per_sample[:, None]
+        keys = valid
+        if padding_N is not None:
+            keys = np.ones((num_samples, longest), dtype=bool) if valid is None else valid.copy()
+            keys.flat[slot[lengths[0].sum() :][padding_N.numpy()]] = False
 
         def put(array: np.ndarray) -> Tensor:
             return to_device(torch.from_numpy(array), device)
@@ -139,6 +151,8 @@ class TokenLayout:
             slot_T=put(slot),
             row_S=put(row),
             valid_BL=None if valid is None else put(valid),
+            keys_BL=None if keys is None else put(keys),
+            fused=fused,
             sorted_T=put(sorted_),
             unsorted_T=put(unsorted_),
             offsets_B1=put(offsets.astype(np.int32)),

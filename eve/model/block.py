@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from eve.config import FeedForward
+from eve.config import FeedForward, Model
 from eve.model.attention import Attention
 from eve.model.layers import Layers, ModalityNorm, Norm
 from eve.moe.layer import RoutedFeedForward
 from eve.moe.plan import RouterOutput
+from eve.moe.sub_norm_bank import SubNormBank
 from eve.packing import TokenLayout
 
 
@@ -22,42 +25,50 @@ class Block(nn.Module):
         feed_forward: FeedForward,
         *,
         index: int,
-        activation: str,
-        layer_scale: float | None,
-        eps: float,
+        config: Model,
         layers: Layers,
     ):
+        """Sizes are the encoder's or the decoder's; the variant of the block is the model's."""
         super().__init__()
-        self.norm1 = Norm(width, eps=eps)
-        self.attention = Attention(width, heads, layers)
-        # One norm for each kind of expert, as VLMo and EVE have it.
-        self.norm2 = ModalityNorm(width, eps) if feed_forward.router == "modality" else Norm(width, eps=eps)
+        eps = config.norm_eps
+        self.norm1 = ModalityNorm(width, eps) if config.attention == "modality" else Norm(width, eps=eps)
+        self.attention = Attention(width, heads, config, layers)
+        self.norm2 = _feed_forward_norm(width, eps, feed_forward)
+        experts = layers.routed_experts if feed_forward.router == "topk" else layers.experts
         self.feed_forward = RoutedFeedForward(
             width,
             hidden,
             feed_forward,
             layer=index,
-            activation=activation,
-            experts=layers.routed_experts if feed_forward.router == "topk" else layers.experts,
+            activation=config.activation,
+            experts=partial(SubNormBank, eps=eps) if config.sub_norm else experts,
             dispatcher=layers.dispatcher,
             tokens=layers.tokens,
         )
-        if layer_scale is None:
+        if config.layer_scale is None:
             self.gamma1 = self.gamma2 = None
         else:
-            self.gamma1 = nn.Parameter(torch.full((width,), layer_scale))
-            self.gamma2 = nn.Parameter(torch.full((width,), layer_scale))
+            self.gamma1 = nn.Parameter(torch.full((width,), config.layer_scale))
+            self.gamma2 = nn.Parameter(torch.full((width,), config.layer_scale))
 
     def forward(
-        self, x_TD: Tensor, layout: TokenLayout, keep_2T: Tensor | None
+        self, x_TD: Tensor, layout: TokenLayout, keep_2T: Tensor | None, bias: Tensor | None = None
     ) -> tuple[Tensor, RouterOutput | None]:
         """x_TD are the rows `layout.held`; `keep_2T` is what DropPath multiplies the two branches of each by,
-        None keeps all."""
-        branch = self.attention(self.norm1(x_TD), layout)
+        None keeps all; `bias` is added to the logits of attention."""
+        branch = self.attention(self.norm1(x_TD, layout), layout, bias)
         x_TD = _add(x_TD, branch, self.gamma1, None if keep_2T is None else keep_2T[0])
         branch, routing = self.feed_forward(self.norm2(x_TD, layout), layout)
         x_TD = _add(x_TD, branch, self.gamma2, None if keep_2T is None else keep_2T[1])
         return x_TD, routing
+
+
+def _feed_forward_norm(width: int, eps: float, feed_forward: FeedForward) -> nn.Module:
+    """One norm for each kind of expert, as VLMo and EVE have it."""
+    kinds = {"modality": 2, "fusion": 3}.get(feed_forward.router, 1)
+    if feed_forward.router == "topk" and feed_forward.experts_by_modality:
+        kinds = 2
+    return Norm(width, eps=eps) if kinds == 1 else ModalityNorm(width, eps, kinds)
 
 
 def _add(x_TD: Tensor, branch_TD: Tensor, gamma_D: Tensor | None, keep_T: Tensor | None) -> Tensor:

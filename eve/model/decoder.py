@@ -7,6 +7,7 @@ Shape suffixes: B sample, P patch, V visible, M masked, I image token, D width, 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve.config import Decoder as DecoderConfig
@@ -32,6 +33,15 @@ def sine_cosine_positions(side: int, width: int) -> Tensor:
     return torch.cat([grid.new_zeros(1, width), grid]).float()
 
 
+_PLAIN = {
+    "activation": "gelu",
+    "layer_scale": None,
+    "attention": "shared",
+    "key_bias": False,
+    "sub_norm": False,
+}
+
+
 class Decoder(nn.Module):
     positions: Tensor
 
@@ -40,8 +50,14 @@ class Decoder(nn.Module):
         self.embedding = nn.Linear(config.width, decoder.width)
         self.mask_token = nn.Parameter(torch.empty(decoder.width))
         positions = sine_cosine_positions(config.image_size // config.patch_size, decoder.width)
-        self.register_buffer("positions", positions, persistent=False)
+        if decoder.positions == "learned":
+            self.positions = nn.Parameter(torch.empty_like(positions))  # pyright: ignore
+            self.positions.no_weight_decay = True  # pyright: ignore
+        else:
+            self.register_buffer("positions", positions, persistent=False)
         shared = FeedForward(blocks=tuple(range(decoder.depth)), router="shared")
+        # Blocks of MAE, whatever those of the encoder are.
+        plain = config.model_copy(update=_PLAIN)
         self.blocks = nn.ModuleList(
             Block(
                 decoder.width,
@@ -49,9 +65,7 @@ class Decoder(nn.Module):
                 4 * decoder.width,
                 shared,
                 index=index,
-                activation="gelu",
-                layer_scale=None,
-                eps=config.norm_eps,
+                config=plain,
                 layers=layers,
             )
             for index in range(decoder.depth)
@@ -68,7 +82,9 @@ class Decoder(nn.Module):
         mask_BMW = self.mask_token.expand(num_samples, num_masked, -1).to(seen_BIW.dtype)
         # Attention does not care for order: seen tokens, then masked ones, each with its position.
         place_BI = torch.cat([visible_BV.new_zeros(num_samples, 1), visible_BV + 1, masked_BM + 1], dim=1)
-        x_BIW = torch.cat([seen_BIW, mask_BMW], dim=1) + self.positions[place_BI].to(seen_BIW.dtype)
+        x_BIW = torch.cat([seen_BIW, mask_BMW], dim=1) + F.embedding(place_BI, self.positions).to(
+            seen_BIW.dtype
+        )
         length = num_seen + num_masked
         layout = TokenLayout.build([length] * num_samples, [0] * num_samples, x_BIW.device)
         x_TW, layout = self.tokens.split(x_BIW.flatten(0, 1), layout)

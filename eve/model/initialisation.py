@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-_ZERO = re.compile(r"(^|\.)(bias|q_bias|v_bias|b1_EF|b2_ED)$")
-_ONE = re.compile(r"(^|\.|_)norm\d?\.weight$")
-_KEPT = re.compile(r"\.gamma[12]$")
-_RESCALED = re.compile(r"blocks\.(\d+)\.(attention\.proj\.weight|feed_forward\.experts\.w2_EFD)$")
+_ZERO = re.compile(r"(^|\.)(bias|[qkv]_bias|b1_EF|b2_ED|norm_bias_EF|table_TRH)$")
+_ONE = re.compile(r"(^|\.|_)(norm\d?\.weight|norm_weight_EF)$")
+_KEPT = re.compile(r"\.(gamma[12]|temperature_\w+)$")
+_RESCALED = re.compile(r"blocks\.(\d+)\.(attention\.proj\.(?:\w+\.)?weight|feed_forward\.experts\.w2_EFD)$")
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:
@@ -25,7 +25,8 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 
 def initial_value(name: str, shape: torch.Size, seed: int, std: float, rescale: bool) -> Tensor | None:
-    """fp32 value of a parameter, or None where the constructor's value stands (LayerScale)."""
+    """fp32 value of a parameter, or None where the constructor's value stands (LayerScale,
+    temperatures)."""
     if _KEPT.search(name):
         return None
     if _ZERO.search(name):

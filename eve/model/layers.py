@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eve.model.relative_positions import RelativePositions
 from eve.moe.dispatch import Dispatcher, LocalDispatcher
 from eve.moe.experts import ExpertBank
 from eve.packing import TokenLayout
@@ -20,35 +21,39 @@ from eve.tokens import Tokens, WholeTokens
 
 
 class QKVLinear(nn.Module):
-    """Fused query, key, value projection with a bias on query and value only (a bias of the keys
-    shifts all logits of a query alike and has no effect)."""
+    """Fused query, key, value projection. A bias of the keys shifts all logits of a query alike and has no
+    effect, but where image and text have projections of their own."""
 
-    def __init__(self, width: int, out_width: int):
+    def __init__(self, width: int, out_width: int, key_bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(3 * out_width, width))
         self.q_bias = nn.Parameter(torch.empty(out_width))
+        self.k_bias = nn.Parameter(torch.empty(out_width)) if key_bias else None
         self.v_bias = nn.Parameter(torch.empty(out_width))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, 3 * out_width): queries, keys, values, each heads after heads."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        k_bias = torch.zeros_like(self.q_bias) if self.k_bias is None else self.k_bias
+        bias = torch.cat([self.q_bias, k_bias, self.v_bias])
         return F.linear(x_TD, self.weight, bias)
 
 
 class ModalityNorm(nn.Module):
-    """LayerNorm with weights of their own for image and text tokens (norm2_imag and norm2_text of
-    VLMo and EVE). x_TD holds the image tokens first (eve/packing.py)."""
+    """LayerNorm with weights of their own for image tokens, text tokens and, where `kinds` is 3, all tokens
+    of a fused pair (norm2_imag, norm2_text, norm2_vl of VLMo). x_TD holds the image tokens first."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float, kinds: int = 2):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(2, width))
-        self.bias = nn.Parameter(torch.empty(2, width))
+        self.weight = nn.Parameter(torch.empty(kinds, width))
+        self.bias = nn.Parameter(torch.empty(kinds, width))
         # Gains and biases, although their shape says matrix.
         self.weight.no_weight_decay = self.bias.no_weight_decay = True  # pyright: ignore
         self.eps = eps
 
     def forward(self, x_TD: Tensor, layout: TokenLayout) -> Tensor:
         width = (x_TD.shape[-1],)
+        if layout.fused and self.weight.shape[0] == 3:
+            return F.layer_norm(x_TD, width, self.weight[2], self.bias[2], self.eps)
         parts = x_TD.split([layout.held.num_image, layout.held.num_text])
         out = [
             F.layer_norm(part, width, self.weight[m], self.bias[m], self.eps)
@@ -83,19 +88,21 @@ def keep_all(name: str, whole: Tensor) -> Tensor:
 class Layers:
     """Constructors of the layers that a parallel layout cuts, called with the sizes of the whole.
 
-    qkv(width, out_width); row_linear(in, out), the projection after attention; word_embedding(vocab, width);
-    vocab_linear(width, vocab); experts(num_experts, width, hidden, activation) for hard routers and
-    routed_experts(...) for learned ones. `tokens` moves rows between devices, `dispatcher` to experts and
-    back. `cut(name, whole)` is the part of a whole parameter that this process holds, `name_of(name)` what
-    the parameter of that name is called on one device.
+    qkv(width, out_width, key_bias); row_linear(in, out), the projection after attention;
+    word_embedding(vocab, width); vocab_linear(width, vocab); experts(num_experts, width, hidden, activation)
+    for hard routers and routed_experts(...) for learned ones; relative_positions(side, text, tables, heads).
+    `tokens` moves rows between devices, `dispatcher` to experts and back. `cut(name, whole)` is the part of a
+    whole parameter that this process holds, `name_of(name)` what the parameter of that name is called on one
+    device.
     """
 
-    qkv: Callable[[int, int], nn.Module] = QKVLinear
+    qkv: Callable[[int, int, bool], nn.Module] = QKVLinear
     row_linear: Callable[[int, int], nn.Module] = nn.Linear
     word_embedding: Callable[[int, int], nn.Module] = nn.Embedding
     vocab_linear: Callable[[int, int], nn.Module] = VocabLinear
     experts: Callable[[int, int, int, str], nn.Module] = ExpertBank
     routed_experts: Callable[[int, int, int, str], nn.Module] = ExpertBank
+    relative_positions: Callable[[int, int, int, int], RelativePositions] = RelativePositions
     dispatcher: Dispatcher = field(default_factory=LocalDispatcher)
     tokens: Tokens = field(default_factory=WholeTokens)
     cut: Callable[[str, Tensor], Tensor] = keep_all

@@ -1,4 +1,4 @@
-"""The whole pre-training model: encoder, image decoder, word head."""
+"""The whole pre-training model: the encoder and the heads of the objectives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from eve.config import Model
 from eve.model.decoder import Decoder
 from eve.model.encoder import Encoder, EncoderOutput
-from eve.model.heads import WordHead
+from eve.model.heads import ClassTokenHead, CodeHead, ContrastHead, MatchingHead, WordHead
 from eve.model.initialisation import initialise
 from eve.model.layers import Layers
 
@@ -22,7 +22,14 @@ class VisionLanguageModel(nn.Module):
         self.config = config
         self.encoder = Encoder(config, layers)
         self.decoder = None if config.decoder is None else Decoder(config, config.decoder, layers)
-        self.word_head = WordHead(config.width, config.vocab_size, config.norm_eps, layers)
+        eps = config.text_norm_eps or config.norm_eps
+        self.word_head = WordHead(config.width, config.vocab_size, eps, layers)
+        self.contrast = None if config.contrast is None else ContrastHead(config.width, config.contrast)
+        self.matching = None if config.matching is None else MatchingHead(config.width, config.matching)
+        self.code_head = None if config.visual_codes is None else CodeHead(config)
+        self.class_token_head = None
+        if config.class_token_head is not None:
+            self.class_token_head = ClassTokenHead(config, config.class_token_head, layers)
 
     def encode(self, **inputs: Any) -> EncoderOutput:
         """See Encoder.forward."""
@@ -31,8 +38,8 @@ class VisionLanguageModel(nn.Module):
     @property
     def blocks(self) -> list[nn.Module]:
         """All blocks, encoder first."""
-        decoder = [] if self.decoder is None else list(self.decoder.blocks)
-        return [*self.encoder.blocks, *decoder]
+        heads = [head for head in (self.decoder, self.class_token_head) if head is not None]
+        return [*self.encoder.blocks, *(block for head in heads for block in head.blocks)]
 
     def compile_blocks(self) -> None:
         """torch.compile of each block on its own: one graph for all of a kind, quick to build."""

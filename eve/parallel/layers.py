@@ -7,6 +7,7 @@ from typing import Any
 
 from eve.config import Model
 from eve.model.layers import Layers, QKVLinear
+from eve.model.relative_positions import RelativePositions
 from eve.parallel.sharding import canonical
 from eve.parallel.tensor import (
     HiddenParallelBank,
@@ -24,11 +25,14 @@ def parallel_layers(config: Model, topology: Topology) -> Layers:
     fields: dict[str, Any] = {"cut": WeightParts(config, topology).held, "name_of": canonical}
     if topology.tensor > 1:
         fields |= {
-            "qkv": lambda width, out_width: QKVLinear(width, out_width // topology.tensor),
+            "qkv": lambda width, out, key_bias: QKVLinear(width, out // topology.tensor, key_bias),
             "row_linear": partial(RowLinear, topology=topology),
             "word_embedding": partial(VocabParallelEmbedding, topology=topology),
             "vocab_linear": partial(VocabParallelLinear, topology=topology),
             "experts": partial(HiddenParallelBank, topology=topology),
+            "relative_positions": lambda side, text, tables, heads: RelativePositions(
+                side, text, tables, heads // topology.tensor
+            ),
             "tokens": TensorTokens(topology),
         }
     if topology.expert > 1:

@@ -49,10 +49,12 @@ EXPERT = Placement(Kind.EXPERT)
 TABLE: tuple[tuple[re.Pattern[str], Placement], ...] = tuple(
     (re.compile(pattern + "$"), placement)
     for pattern, placement in (
-        (r"attention\.qkv\.weight", Placement(Kind.COLUMN, 0, parts=3)),
-        (r"attention\.qkv\.[qv]_bias", Placement(Kind.COLUMN, 0)),
-        (r"attention\.proj\.weight", Placement(Kind.ROW, 1)),
-        (r"attention\.proj\.bias", Placement(Kind.ROW_BIAS)),
+        (r"attention\.qkv\.(\w+\.)?weight", Placement(Kind.COLUMN, 0, parts=3)),
+        (r"attention\.qkv\.(\w+\.)?[qkv]_bias", Placement(Kind.COLUMN, 0)),
+        (r"attention\.proj\.(\w+\.)?weight", Placement(Kind.ROW, 1)),
+        (r"attention\.proj\.(\w+\.)?bias", Placement(Kind.ROW_BIAS)),
+        # The heads of a process are those of its projections.
+        (r"relative_positions\.table_TRH", Placement(Kind.COLUMN, 2)),
         # Banks of hard routers; those of learned ones are EXPERT, see `placement`.
         (r"feed_forward\.experts\.w1_EDF", Placement(Kind.COLUMN, 2)),
         (r"feed_forward\.experts\.b1_EF", Placement(Kind.COLUMN, 1)),

@@ -236,7 +236,9 @@ def check_degrees(parallel: Parallel, model: Model, world_size: int) -> None:
     for key, size in sizes.items():
         if size % tensor:
             raise UserError(f"{key} {size} is not a multiple of parallel.tensor {tensor}")
-    if any(ff.router == "modality" for ff in model.feed_forward) and model.hidden % (8 * tensor):
+    if tensor > 1 and model.sub_norm:
+        raise UserError("model.sub_norm needs whole rows: parallel.tensor has to be 1")
+    if any(ff.router in ("modality", "fusion") for ff in model.feed_forward) and model.hidden % (8 * tensor):
         raise UserError(
             f"model.hidden {model.hidden} over parallel.tensor {tensor} is not a multiple of 8 (rows of 16 "
             "bytes in bf16)"
