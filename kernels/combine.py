@@ -22,7 +22,16 @@ import torch
 from torch import Tensor
 
 from kernels.backend import CompileCase, divide_up, jit, rows_of, tl, use_triton
-from kernels.dispatch import PADDING_BLOCK, is_padded, rows_or_zero, tile_of, warps_of, zero_padding
+from kernels.row_tiles import (
+    PADDING_BLOCK,
+    num_programs,
+    row_of,
+    rows_or_zero,
+    tile_of,
+    tokens_of,
+    warps_of,
+    zero_padding,
+)
 
 
 def combine(
@@ -43,11 +52,7 @@ def combine(
 
 
 def combine_definition(
-    y_ND: Tensor,
-    weight_TK: Tensor,
-    row_token_N: Tensor,
-    token_row_TK: Tensor,
-    residual_TD: Tensor | None = None,
+    y_ND: Tensor, weight_TK: Tensor, token_row_TK: Tensor, residual_TD: Tensor | None
 ) -> Tensor:
     # In place wherever a gathered copy is ours: on a CPU fresh memory costs more than what is done with it.
     wide = torch.promote_types(y_ND.dtype, weight_TK.dtype)
@@ -95,14 +100,12 @@ def combine_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    token_T = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    inside_T = token_T < num_tokens
-    column_D = tl.arange(0, BLOCK_D)
-    inside_D = column_D < D
-    tile_TD = inside_T[:, None] & inside_D[None, :]
+    token_T, inside_T, column_D, inside_D, tile_TD = tokens_of(
+        tl.program_id(0), num_tokens, D, BLOCK_T, BLOCK_D
+    )
     sum_TD = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for choice in tl.static_range(K):
-        row_T = tl.load(token_row + token_T * K + choice, mask=inside_T, other=-1).to(tl.int64)
+        row_T = row_of(token_row, token_T, inside_T, choice, K)
         weight_T = tl.load(weight + token_T * K + choice, mask=inside_T, other=0.0).to(tl.float32)
         kept_TD = (row_T >= 0)[:, None] & inside_D[None, :]
         y_TD = tl.load(y + row_T[:, None] * y_stride + column_D[None, :], mask=kept_TD, other=0.0)
@@ -135,15 +138,11 @@ def combine_backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     num_token_blocks = tl.cdiv(num_tokens, BLOCK_T)
     if program < num_token_blocks:
-        token_T = program * BLOCK_T + tl.arange(0, BLOCK_T)
-        inside_T = token_T < num_tokens
-        column_D = tl.arange(0, BLOCK_D)
-        inside_D = column_D < D
-        tile_TD = inside_T[:, None] & inside_D[None, :]
+        token_T, inside_T, column_D, inside_D, tile_TD = tokens_of(program, num_tokens, D, BLOCK_T, BLOCK_D)
         place_TD = token_T[:, None] * grad_stride + column_D[None, :]
         grad_TD = tl.load(grad + place_TD, mask=tile_TD, other=0.0).to(tl.float32)
         for choice in tl.static_range(K):
-            row_T = tl.load(token_row + token_T * K + choice, mask=inside_T, other=-1).to(tl.int64)
+            row_T = row_of(token_row, token_T, inside_T, choice, K)
             weight_T = tl.load(weight + token_T * K + choice, mask=inside_T, other=0.0).to(tl.float32)
             kept_TD = (row_T >= 0)[:, None] & inside_D[None, :]
             y_TD = tl.load(y + row_T[:, None] * y_stride + column_D[None, :], mask=kept_TD, other=0.0)
@@ -163,7 +162,7 @@ def _combine(
     y_ND: Tensor, weight_TK: Tensor, row_token_N: Tensor, token_row_TK: Tensor, residual_TD: Tensor | None
 ) -> Tensor:
     if not use_triton(y_ND):
-        return combine_definition(y_ND, weight_TK, row_token_N, token_row_TK, residual_TD)
+        return combine_definition(y_ND, weight_TK, token_row_TK, residual_TD)
     (num_tokens, num_choices), width = token_row_TK.shape, y_ND.shape[1]
     y_ND = rows_of(y_ND)
     residual_TD = None if residual_TD is None else rows_of(residual_TD)
@@ -204,11 +203,9 @@ def _combine_backward(
     grad_ND = y_ND.new_empty(num_rows, width)
     grad_weight_TK = torch.empty_like(weight_TK, memory_format=torch.contiguous_format)
     tile = tile_of(width)
-    num_programs = divide_up(num_tokens, tile["BLOCK_T"])
-    if is_padded(row_token_N, token_row_TK):
-        num_programs += divide_up(num_rows, PADDING_BLOCK)
-    if num_programs and width:
-        combine_backward_kernel[(num_programs,)](
+    programs = num_programs(row_token_N, token_row_TK, tile)
+    if programs and width:
+        combine_backward_kernel[(programs,)](
             grad_TD,
             y_ND,
             weight_TK.contiguous(),

@@ -29,9 +29,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import CompileCase, divide_up, jit, power_of_2, rows_of, tl, use_triton
+from kernels.row_tiles import (
+    ELEMENTS,
+    PADDING_BLOCK,
+    is_padded,
+    num_programs,
+    row_of,
+    rows_or_zero,
+    tile_of,
+    tokens_of,
+    warps_of,
+    zero_padding,
+)
 
-PADDING_BLOCK = 64  # rows that one program looks through for padding
-ELEMENTS = 4096  # of a program's tile: 32 for each of its 128 threads, four 16-byte accesses in bf16
 MAX_PROGRAMS = 1056  # that sum the gradient of the vector: 8 for each of an H200's processors
 
 
@@ -55,8 +65,8 @@ def dispatch_definition(
     x_TD: Tensor,
     row_token_N: Tensor,
     token_row_TK: Tensor,
-    vector_MD: Tensor | None = None,
-    modality_T: Tensor | None = None,
+    vector_MD: Tensor | None,
+    modality_T: Tensor | None,
 ) -> Tensor:
     if vector_MD is not None:
         x_TD = (x_TD + vector_MD[modality_T]).to(x_TD.dtype)
@@ -81,17 +91,6 @@ def dispatch_backward_definition(
     return grad_TD.to(grad_ND.dtype), one_hot_TM.t() @ grad_TD
 
 
-def rows_or_zero(y_ND: Tensor, row_T: Tensor) -> Tensor:
-    """The rows of that index; zero for -1. No product with a mask: an undefined row may hold NaN."""
-    if y_ND.shape[0] == 0:
-        return y_ND.new_zeros(row_T.shape[0], y_ND.shape[1])
-    return y_ND.index_select(0, row_T.clamp_min(0)).masked_fill_((row_T < 0)[:, None], 0)
-
-
-def is_padded(row_token_N: Tensor, token_row_TK: Tensor) -> bool:
-    return row_token_N.shape[0] != token_row_TK.numel()
-
-
 # ------------------------------------------------------------------------------------------------- kernels
 
 
@@ -113,15 +112,10 @@ def dispatch_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    # int64 before any product: a row offset may pass 2^31 elements.
     program = tl.program_id(0).to(tl.int64)
     num_token_blocks = tl.cdiv(num_tokens, BLOCK_T)
     if program < num_token_blocks:
-        token_T = program * BLOCK_T + tl.arange(0, BLOCK_T)
-        inside_T = token_T < num_tokens
-        column_D = tl.arange(0, BLOCK_D)
-        inside_D = column_D < D
-        tile_TD = inside_T[:, None] & inside_D[None, :]
+        token_T, inside_T, column_D, inside_D, tile_TD = tokens_of(program, num_tokens, D, BLOCK_T, BLOCK_D)
         x_TD = tl.load(x + token_T[:, None] * x_stride + column_D[None, :], mask=tile_TD)
         if vector is not None:
             modality_T = tl.load(modality + token_T, mask=inside_T, other=0).to(tl.int64)
@@ -130,7 +124,7 @@ def dispatch_kernel(
             ).to(tl.float32)
             x_TD = (x_TD.to(tl.float32) + vector_TD).to(x_TD.dtype)
         for choice in tl.static_range(K):
-            row_T = tl.load(token_row + token_T * K + choice, mask=inside_T, other=-1).to(tl.int64)
+            row_T = row_of(token_row, token_T, inside_T, choice, K)
             kept_TD = (row_T >= 0)[:, None] & inside_D[None, :]
             tl.store(out + row_T[:, None] * D + column_D[None, :], x_TD, mask=kept_TD)
     else:
@@ -138,26 +132,12 @@ def dispatch_kernel(
 
 
 @jit
-def zero_padding(rows, row_token, block, num_rows, D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Writes 0 to those of BLOCK_N rows that are padding."""
-    row_N = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    padding_N = tl.load(row_token + row_N, mask=row_N < num_rows, other=0) < 0
-    if tl.max(padding_N.to(tl.int32)) > 0:
-        for begin in range(0, D, 64):
-            column_D = begin + tl.arange(0, 64)
-            mask_ND = padding_N[:, None] & (column_D < D)[None, :]
-            zero_ND = tl.zeros([BLOCK_N, 64], rows.dtype.element_ty)
-            tl.store(rows + row_N[:, None] * D + column_D[None, :], zero_ND, mask=mask_ND)
-
-
-@jit
 def gather_sum_kernel(grad, token_row, out, num_tokens, grad_stride, D: tl.constexpr, K: tl.constexpr,
                       BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    token_T = program * BLOCK_T + tl.arange(0, BLOCK_T)
-    sum_TD = gather_sum(grad, token_row, token_T, num_tokens, grad_stride, D, K, BLOCK_T, BLOCK_D)
-    column_D = tl.arange(0, BLOCK_D)
-    tile_TD = (token_T < num_tokens)[:, None] & (column_D < D)[None, :]
+    token_T, inside_T, column_D, inside_D, tile_TD = tokens_of(
+        tl.program_id(0), num_tokens, D, BLOCK_T, BLOCK_D
+    )
+    sum_TD = gather_sum(grad, token_row, token_T, inside_T, column_D, inside_D, grad_stride, K)
     tl.store(out + token_T[:, None] * D + column_D[None, :], sum_TD.to(out.dtype.element_ty), mask=tile_TD)
 
 
@@ -180,33 +160,29 @@ def gather_sum_vector_kernel(
 ):
     """As above; a program takes `blocks_each` blocks of tokens and sums what goes to each vector."""
     program = tl.program_id(0).to(tl.int64)
-    column_D = tl.arange(0, BLOCK_D)
     vector_M = tl.arange(0, BLOCK_M)
     # Elementwise over the loop; the sum over a block's tokens crosses threads and is taken once, at the end.
     sums_MTD = tl.zeros([BLOCK_M, BLOCK_T, BLOCK_D], tl.float32)
     for step in range(blocks_each):
-        token_T = (program * blocks_each + step) * BLOCK_T + tl.arange(0, BLOCK_T)
-        inside_T = token_T < num_tokens
-        sum_TD = gather_sum(grad, token_row, token_T, num_tokens, grad_stride, D, K, BLOCK_T, BLOCK_D)
-        tile_TD = inside_T[:, None] & (column_D < D)[None, :]
+        block = program * blocks_each + step
+        token_T, inside_T, column_D, inside_D, tile_TD = tokens_of(block, num_tokens, D, BLOCK_T, BLOCK_D)
+        sum_TD = gather_sum(grad, token_row, token_T, inside_T, column_D, inside_D, grad_stride, K)
         place_TD = token_T[:, None] * D + column_D[None, :]
         tl.store(out + place_TD, sum_TD.to(out.dtype.element_ty), mask=tile_TD)
         modality_T = tl.load(modality + token_T, mask=inside_T, other=-1)
         mine_MT = vector_M[:, None] == modality_T[None, :]
         sums_MTD += tl.where(mine_MT[:, :, None], sum_TD[None, :, :], 0.0)
     sums_MD = tl.sum(sums_MTD, axis=1)
-    place_MD = (program * M + vector_M)[:, None] * D + column_D[None, :]
-    tl.store(vector_sums + place_MD, sums_MD, mask=(vector_M < M)[:, None] & (column_D < D)[None, :])
+    all_D = tl.arange(0, BLOCK_D)
+    place_MD = (program * M + vector_M)[:, None] * D + all_D[None, :]
+    tl.store(vector_sums + place_MD, sums_MD, mask=(vector_M < M)[:, None] & (all_D < D)[None, :])
 
 
 @jit
-def gather_sum(grad, token_row, token_T, num_tokens, grad_stride, D: tl.constexpr, K: tl.constexpr,
-               BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    column_D = tl.arange(0, BLOCK_D)
-    inside_D = column_D < D
-    sum_TD = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+def gather_sum(grad, token_row, token_T, inside_T, column_D, inside_D, grad_stride, K: tl.constexpr):
+    sum_TD = tl.zeros([token_T.shape[0], column_D.shape[0]], tl.float32)
     for choice in tl.static_range(K):
-        row_T = tl.load(token_row + token_T * K + choice, mask=token_T < num_tokens, other=-1).to(tl.int64)
+        row_T = row_of(token_row, token_T, inside_T, choice, K)
         kept_TD = (row_T >= 0)[:, None] & inside_D[None, :]
         grad_TD = tl.load(grad + row_T[:, None] * grad_stride + column_D[None, :], mask=kept_TD, other=0.0)
         sum_TD += grad_TD.to(tl.float32)
@@ -231,11 +207,9 @@ def _dispatch(
     vector_MD = None if vector_MD is None else rows_of(vector_MD)
     out_ND = x_TD.new_empty(num_rows, width)
     tile = tile_of(width)
-    num_programs = divide_up(num_tokens, tile["BLOCK_T"])
-    if is_padded(row_token_N, token_row_TK):
-        num_programs += divide_up(num_rows, PADDING_BLOCK)
-    if num_programs and width:
-        dispatch_kernel[(num_programs,)](
+    programs = num_programs(row_token_N, token_row_TK, tile)
+    if programs and width:
+        dispatch_kernel[(programs,)](
             x_TD,
             vector_MD,
             None if modality_T is None else modality_T.contiguous(),
@@ -282,9 +256,9 @@ def _dispatch_backward(
     tile = tile_of(width, ELEMENTS // (2 * power_of_2(num_vectors)))
     num_blocks = divide_up(num_tokens, tile["BLOCK_T"])
     blocks_each = divide_up(num_blocks, MAX_PROGRAMS)
-    num_programs = divide_up(num_blocks, blocks_each)
-    sums_PMD = grad_ND.new_empty(num_programs, num_vectors, width, dtype=torch.float32)
-    gather_sum_vector_kernel[(num_programs,)](
+    programs = divide_up(num_blocks, blocks_each)
+    sums_PMD = grad_ND.new_empty(programs, num_vectors, width, dtype=torch.float32)
+    gather_sum_vector_kernel[(programs,)](
         grad_ND, token_row_TK, modality_T.contiguous(), grad_TD, sums_PMD, num_tokens, grad_ND.stride(0),
         blocks_each, D=width, K=num_choices, M=num_vectors, BLOCK_M=power_of_2(num_vectors), **tile,
         num_warps=warps_of(tile),
@@ -313,17 +287,6 @@ def _backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _dispatch.register_autograd(_backward, setup_context=_save)
-
-
-def tile_of(width: int, elements: int = ELEMENTS) -> dict[str, int]:
-    """A program's tile: whole rows, as many as make `elements`."""
-    block_d = power_of_2(width)
-    return {"BLOCK_T": max(1, elements // block_d), "BLOCK_D": block_d}
-
-
-def warps_of(tile: dict[str, int]) -> int:
-    """32 elements a thread, 4 to 16 warps."""
-    return min(max(tile["BLOCK_T"] * tile["BLOCK_D"] // 1024, 4), 16)
 
 
 def _compile_cases() -> list[CompileCase]:
