@@ -1,0 +1,142 @@
+"""The feed-forward of experts beside its peers: gelu, biases, rows in the order of their experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.benchmark.case import Case, logits
+from kernels.benchmark.peer import Call, Peer, module, on_gpu
+from kernels.expert_feed_forward import expert_feed_forward
+from kernels.routing import route
+
+
+@dataclass(frozen=True)
+class Bank:
+    case: Case
+    x_ND: Tensor
+    w1_EDF: Tensor
+    b1_EF: Tensor
+    w2_EFD: Tensor
+    b2_ED: Tensor
+    offsets_E: Tensor
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {
+            "x": self.x_ND, "w1": self.w1_EDF, "b1": self.b1_EF, "w2": self.w2_EFD, "b2": self.b2_ED,
+        }  # fmt: skip
+
+
+def inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Bank:
+    group_T = torch.zeros(case.tokens, dtype=torch.int64, device=device)
+    routing = route(logits(case, device), case.choices, group_T=group_T, num_groups=1)
+    e, d, f = case.experts, case.width, case.hidden
+    generator = torch.Generator(device).manual_seed(2)
+
+    def leaf(*shape: int, scale: float = 1.0) -> Tensor:
+        values = torch.randn(*shape, generator=generator, device=device)
+        return (values * scale).to(dtype).requires_grad_()
+
+    return Bank(
+        case, leaf(case.rows, d), leaf(e, d, f, scale=d**-0.5), leaf(e, f), leaf(e, f, d, scale=f**-0.5),
+        leaf(e, d), routing.offsets_E,
+    )  # fmt: skip
+
+
+def call(given: Bank, function: Callable[..., Tensor]) -> Call:
+    """Of a function of (x, w1, b1, w2, b2, offsets)."""
+    leaves = given.leaves()
+    return Call(
+        lambda: function(*leaves.values(), given.offsets_E), leaves, lambda y_ND: {"rows": y_ND}
+    )  # fmt: skip
+
+
+def ours(given: Bank) -> Call:
+    return call(given, expert_feed_forward)
+
+
+def our_products(given: Bank) -> Call:
+    on_gpu(given.x_ND)
+    return call(given, lambda *tensors: expert_feed_forward(*tensors, products="triton"))
+
+
+def with_products(product: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The feed-forward by somebody's grouped product of (rows, weights, ends)."""
+
+    def function(x_ND, w1_EDF, b1_EF, w2_EFD, b2_ED, offsets_E) -> Tensor:
+        row_N = torch.arange(x_ND.shape[0], device=x_ND.device)
+        expert_N = torch.searchsorted(offsets_E, row_N, right=True)
+        h_NF = F.gelu(product(x_ND, w1_EDF, offsets_E) + b1_EF[expert_N])
+        return product(h_NF, w2_EFD, offsets_E) + b2_ED[expert_N]
+
+    return function
+
+
+def torch_product(x_NI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) -> Tensor:
+    return F.grouped_mm(x_NI, weight_EIO, offs=offsets_E)
+
+
+def torch_grouped(given: Bank) -> Call:
+    return call(given, with_products(torch_product))
+
+
+def torch_compiled(given: Bank) -> Call:
+    return call(given, torch.compile(with_products(torch_product), dynamic=False))
+
+
+def one_by_one(given: Bank) -> Call:
+    """Expert after expert; the host waits for the numbers of rows."""
+
+    def function(x_ND, w1_EDF, b1_EF, w2_EFD, b2_ED, offsets_E) -> Tensor:
+        ends = offsets_E.tolist()
+        parts = x_ND.split([end - begin for begin, end in zip([0, *ends[:-1]], ends, strict=True)])
+        return torch.cat(
+            [
+                torch.addmm(b2_ED[e], F.gelu(torch.addmm(b1_EF[e], x, w1_EDF[e])), w2_EFD[e])
+                for e, x in enumerate(parts)
+            ]
+        )
+
+    return call(given, function)
+
+
+def dense(given: Bank) -> Call:
+    """All rows through the first expert: the same operations as one feed-forward, which nobody routes."""
+    leaves = {
+        name: leaf if name == "x" else leaf[0].detach().requires_grad_()
+        for name, leaf in given.leaves().items()
+    }
+    x_ND, w1_DF, b1_F, w2_FD, b2_D = leaves.values()
+    return Call(lambda: torch.addmm(b2_D, F.gelu(torch.addmm(b1_F, x_ND, w1_DF)), w2_FD), leaves)
+
+
+def deepspeed_products(given: Bank) -> Call:
+    product = module("deepspeed", "deepspeed.ops.triton_ops.group_gemm_triton").group_gemm_triton
+    on_gpu(given.x_ND)
+    return call(given, with_products(product))
+
+
+def megablocks_products(given: Bank) -> Call:
+    """MegaBlocks' grouped path multiplies by the package grouped_gemm, which wants the sizes on the host."""
+    module("megablocks")
+    product: Any = module("grouped_gemm").ops.gmm
+    on_gpu(given.x_ND)
+    sizes_E = given.offsets_E.diff(prepend=given.offsets_E.new_zeros(1)).long().cpu()
+    return call(given, with_products(lambda rows, weight, ends: product(rows, weight, sizes_E)))
+
+
+EXPERT_FEED_FORWARD = (
+    Peer("ours", ours),
+    Peer("ours, Triton products", our_products),
+    Peer("one dense feed-forward", dense),
+    Peer("torch grouped_mm", torch_grouped),
+    Peer("torch grouped_mm, compiled", torch_compiled, compiles=True),
+    Peer("torch, expert after expert", one_by_one),
+    Peer("DeepSpeed Triton products", deepspeed_products),
+    Peer("MegaBlocks grouped products", megablocks_products),
+)
