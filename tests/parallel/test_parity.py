@@ -21,6 +21,14 @@ ROUTED, HARD = (*OVERRIDES, *HEADS), (*DENSE, *HEADS)
 CAPACITY = ("model.feed_forward.1.capacity_factor=0.7", "model.feed_forward.1.z_loss_weight=0.01")
 BIASES = "stages.0.trainable=['*bias', '*b2_ED']"
 FROZEN_ROUTER = "stages.0.trainable=['encoder.*.attention.*', 'encoder.*.experts.*', 'word_head.*']"
+VLMO = (
+    "model.feed_forward=[{blocks: 0, router: modality}, {blocks: 1, router: fusion}]",
+    "model.relative_positions=blocks",
+    "model.text_norm=after_positions",
+    *HEADS,
+    *OVERRIDES,
+)
+SEPARATE = (*VLMO, "model.attention=modality", "model.key_bias=true", "model.relative_positions=shared")
 PAIR = ("stages.0.streams=[{name: pair, source: pairs, objective: masked_pair}]",)
 
 
@@ -76,6 +84,9 @@ LAYOUTS: dict[str, tuple[int, str, tuple[str, ...], tuple[str, ...]]] = {
         (*degrees(2, 4), *CHECKPOINTING),
     ),
     "tensor 2 x expert 2, sequence, capacity": (4, "zero1_fp32", (*ROUTED, *CAPACITY), degrees(2, 2)),
+    "tensor 2, sequence, relative positions, fusion": (2, "zero1_fp32", VLMO, degrees(2)),
+    "tensor 4, attention by modality": (4, "zero0_fp32", SEPARATE, degrees(4)),
+    "data 4, ZeRO 3, attention by modality": (4, "zero3_fp32", SEPARATE, ()),
     "tensor 4 x expert 4, one masked pair": (4, "zero1_fp32", (*ROUTED, *PAIR), degrees(4, 4)),
 }
 
