@@ -47,6 +47,12 @@ Blocks = Annotated[tuple[int, ...], BeforeValidator(_parse_blocks)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
+# One number, or one for image and one for text tokens.
+Weight = Annotated[float, Field(ge=0)]
+LossWeight = Weight | tuple[Weight, Weight]
+LOSS_WEIGHTS = ("load_balance_weight", "z_loss_weight", "importance_weight", "load_weight")
+
+
 class FeedForward(Section):
     """The feed-forward of some blocks: a router and its bank of experts."""
 
@@ -57,29 +63,90 @@ class FeedForward(Section):
     # The keys below are for `topk` only.
     num_experts: int = Field(default=2, ge=1)
     # One pool of experts for each modality (image, text), with a gate and losses of its own, instead of one
-    # pool of num_experts for both (V-MoE and T-MoE of VL-MoE).
+    # pool of num_experts for both (V-MoE and T-MoE of VL-MoE). A pool of 1 is dense: no gate and no losses.
     experts_by_modality: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    # With experts_by_modality: a dense expert that takes all tokens of a pair instead (VL-MoE's VL-FFN on top).
+    fusion_expert: bool = False
     k: int = Field(default=2, ge=1)
     # none: the gate sees x. gate: the gate sees x + b_modality (the paper's formula).
     # dispatch: the experts see x + b_modality as well (what the official EVE code does).
     modality_vector: Literal["none", "gate", "dispatch"] = "gate"
-    # Weights of a token's kept choices are divided by their sum.
+    # Weights of a token's kept choices are divided by their sum (GShard, EVE); false leaves them (V-MoE).
     renormalise: bool = True
-    # Slots of an expert are ceil(capacity_factor * k * T / E) for the T tokens of a group; 0 is dropless.
+    # Added to the logits in training. gaussian: of standard deviation noise_std / E for a pool of E experts;
+    # it moves choices and weights (V-MoE). gumbel: it moves the choices after the first (GShard, EVE's code).
+    noise: Literal["none", "gaussian", "gumbel"] = "none"
+    noise_std: float = Field(default=1.0, gt=0)
+    # Slots of an expert for the T tokens of a group, about capacity_factor * k * T / E; 0 is dropless.
     capacity_factor: float = Field(default=0.0, ge=0)
     capacity_factor_eval: float = Field(default=0.0, ge=0)
+    # gshard: that, rounded up, and min_capacity at least. vmoe: rounded up to a multiple of 4.
+    # tutel: k * int(capacity_factor * ceil(T / E)).
+    capacity_rule: Literal["gshard", "vmoe", "tutel"] = "gshard"
     min_capacity: int = Field(default=4, ge=1)
+    # Who finds an expert full: first choices go before second ones, and of each the tokens in the order of
+    # the batch (GShard), those of the largest weight first (batch priority, V-MoE), or in random order (in
+    # evaluation that of the batch).
+    drop_order: Literal["sequence", "priority", "random"] = "sequence"
     # Samples whose tokens are balanced and fill capacity together (the groups of GShard). Micro-batches are
     # multiples of it, so that a step does not depend on how its batch was cut over devices and passes.
     group_size: int = Field(default=8, ge=1)
-    load_balance_weight: float = Field(default=0.001, ge=0)
-    z_loss_weight: float = Field(default=0.0, ge=0)
+    # Weights of the auxiliary losses; a pair is for the pools (image, text). V-MoE's are importance 0.005 and
+    # load 0.005; the load is defined by gaussian noise, and evaluation has none.
+    load_balance_weight: LossWeight = 0.001
+    z_loss_weight: LossWeight = 0.0
+    importance_weight: LossWeight = 0.0
+    load_weight: LossWeight = 0.0
+
+    @property
+    def pools(self) -> tuple[int, ...]:
+        """Experts of each pool of a learned router: one pool, or one for image and one for text tokens."""
+        return self.experts_by_modality or (self.num_experts,)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_experts(cls, values: Any) -> Any:
+        pools = values.get("experts_by_modality") if isinstance(values, dict) else None
+        if isinstance(pools, (list, tuple)) and all(isinstance(size, int) for size in pools):
+            return {"num_experts": sum(pools), **values}
+        return values
 
     @model_validator(mode="after")
     def _check(self) -> FeedForward:
-        if self.router == "topk" and self.k > self.num_experts:
+        if self.router != "topk":
+            return self
+        if self.experts_by_modality is None and self.k > self.num_experts:
             raise ValueError(f"k is {self.k}, more than num_experts, {self.num_experts}")
+        if self.fusion_expert and self.experts_by_modality is None:
+            raise ValueError("fusion_expert is set, but experts_by_modality is null")
+        weights = {name: getattr(self, name) for name in LOSS_WEIGHTS}
+        if self.experts_by_modality is not None:
+            self._check_pools(self.experts_by_modality)
+        elif pairs := [name for name, weight in weights.items() if isinstance(weight, tuple)]:
+            raise ValueError(f"{pairs[0]} is a pair of weights, but one pool serves both modalities")
+        if self.noise != "gaussian" and weights["load_weight"] not in (0.0, (0.0, 0.0)):
+            raise ValueError(f"load_weight is set, but noise is {self.noise}, and the load needs gaussian")
+        if self.noise == "gumbel" and self.k == 1:
+            raise ValueError("noise is gumbel, which moves the choices after the first, but k is 1")
+        if self.drop_order != "sequence" and not (self.capacity_factor or self.capacity_factor_eval):
+            raise ValueError(
+                f"drop_order is {self.drop_order}, but without capacity_factor nothing is dropped"
+            )
         return self
+
+    def _check_pools(self, pools: tuple[int, int]) -> None:
+        if pools == (1, 1):
+            raise ValueError("experts_by_modality is [1, 1]: that is router: modality")
+        if self.num_experts != sum(pools):
+            raise ValueError(f"num_experts is {self.num_experts}, but experts_by_modality is {list(pools)}")
+        if self.k > min(pools):
+            raise ValueError(f"k is {self.k}, but a pool of experts_by_modality has {min(pools)}")
+        if self.modality_vector != "none":
+            raise ValueError("modality_vector is not none, but experts_by_modality has gates of their own")
+
+
+def _fuses(feed_forward: FeedForward) -> bool:
+    return feed_forward.router == "fusion" or feed_forward.fusion_expert
 
 
 class Decoder(Section):
@@ -177,6 +244,12 @@ class Model(Section):
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def first_fusion(self) -> int:
+        """The first block in which the tokens of a pair have an expert of their own; the depth without one."""
+        fused = (b for b in range(self.depth) if _fuses(self.feed_forward_of(b)))
+        return next(fused, self.depth)
 
     def feed_forward_of(self, block: int) -> FeedForward:
         return next(ff for ff in self.feed_forward if block in ff.blocks)
@@ -344,6 +417,15 @@ class Training(Section):
     max_skipped_steps: int = Field(default=10, ge=0)
 
 
+class MoE(Section):
+    """How the products of experts are made. Results do not depend on it but for rounding."""
+
+    # What multiplies on a GPU: torch's grouped_mm, Triton, or MegaBlocks' grouped path, which is installed apart
+    # (requirements-megablocks.txt). auto chooses by shape and device (kernels/grouped_linear.py); a CPU has no
+    # other.
+    experts_backend: Literal["auto", "grouped_mm", "triton", "megablocks"] = "auto"
+
+
 class Parallel(Section):
     """How a model is spread over devices. Results do not depend on it but for rounding."""
 
@@ -380,6 +462,7 @@ class Recipe(Section):
     stages: tuple[Stage, ...] = Field(min_length=1)
     optimizer: Optimizer = Optimizer()
     training: Training = Training()
+    moe: MoE = MoE()
     parallel: Parallel = Parallel()
     evaluation: Evaluation = Evaluation()
 

@@ -34,14 +34,15 @@ class Block(nn.Module):
         self.norm1 = ModalityNorm(width, eps) if config.attention == "modality" else Norm(width, eps=eps)
         self.attention = Attention(width, heads, config, layers)
         self.norm2 = _feed_forward_norm(width, eps, feed_forward)
-        experts = layers.routed_experts if feed_forward.router == "topk" else layers.experts
+        sub_norm_bank = partial(SubNormBank, eps=eps)
         self.feed_forward = RoutedFeedForward(
             width,
             hidden,
             feed_forward,
             layer=index,
             activation=config.activation,
-            experts=partial(SubNormBank, eps=eps) if config.sub_norm else experts,
+            experts=sub_norm_bank if config.sub_norm else layers.routed_experts,
+            hard_experts=sub_norm_bank if config.sub_norm else layers.experts,
             dispatcher=layers.dispatcher,
             tokens=layers.tokens,
         )
@@ -67,7 +68,7 @@ def _feed_forward_norm(width: int, eps: float, feed_forward: FeedForward) -> nn.
     """One norm for each kind of expert, as VLMo and EVE have it."""
     kinds = {"modality": 2, "fusion": 3}.get(feed_forward.router, 1)
     if feed_forward.router == "topk" and feed_forward.experts_by_modality:
-        kinds = 2
+        kinds = 3 if feed_forward.fusion_expert else 2
     return Norm(width, eps=eps) if kinds == 1 else ModalityNorm(width, eps, kinds)
 
 

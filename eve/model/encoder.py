@@ -113,8 +113,7 @@ class Encoder(nn.Module):
         self.tokens = layers.tokens
         # DropPath rises linearly from 0 to drop_path over the depth.
         self.drop_path = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
-        routers = [config.feed_forward_of(index).router for index in range(config.depth)]
-        self.first_fusion = routers.index("fusion") if "fusion" in routers else config.depth
+        self.first_fusion = config.first_fusion
         self.checkpointing = False
 
     def forward(

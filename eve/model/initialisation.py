@@ -16,7 +16,7 @@ from torch import Tensor, nn
 _ZERO = re.compile(r"(^|\.)(bias|[qkv]_bias|b1_EF|b2_ED|norm_bias_EF|table_TRH)$")
 _ONE = re.compile(r"(^|\.|_)(norm\d?\.weight|norm_weight_EF)$")
 _KEPT = re.compile(r"\.(gamma[12]|temperature_\w+)$")
-_RESCALED = re.compile(r"blocks\.(\d+)\.(attention\.proj\.(?:\w+\.)?weight|feed_forward\.experts\.w2_EFD)$")
+_RESCALED = re.compile(r"blocks\.(\d+)\.(attention\.proj\.(?:\w+\.)?weight|feed_forward\.(?:experts|fusion)\.w2_EFD)$")
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:

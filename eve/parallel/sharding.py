@@ -56,10 +56,10 @@ TABLE: tuple[tuple[re.Pattern[str], Placement], ...] = tuple(
         # The heads of a process are those of its projections.
         (r"relative_positions\.table_TRH", Placement(Kind.COLUMN, 2)),
         # Banks of hard routers; those of learned ones are EXPERT, see `placement`.
-        (r"feed_forward\.experts\.w1_EDF", Placement(Kind.COLUMN, 2)),
-        (r"feed_forward\.experts\.b1_EF", Placement(Kind.COLUMN, 1)),
-        (r"feed_forward\.experts\.w2_EFD", Placement(Kind.ROW, 1)),
-        (r"feed_forward\.experts\.b2_ED", Placement(Kind.ROW_BIAS)),
+        (r"feed_forward\.(experts|fusion)\.w1_EDF", Placement(Kind.COLUMN, 2)),
+        (r"feed_forward\.(experts|fusion)\.b1_EF", Placement(Kind.COLUMN, 1)),
+        (r"feed_forward\.(experts|fusion)\.w2_EFD", Placement(Kind.ROW, 1)),
+        (r"feed_forward\.(experts|fusion)\.b2_ED", Placement(Kind.ROW_BIAS)),
         (r"text_embedding\.word\.weight", Placement(Kind.VOCABULARY, 0)),
         (r"word_head\.output\.(weight|bias)", Placement(Kind.VOCABULARY, 0)),
     )
