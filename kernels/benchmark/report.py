@@ -129,8 +129,8 @@ def plot(results: list[list[Row]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     operations = list(dict.fromkeys(rows[0].case.operation for rows in results))
-    columns = min(3, len(operations))
-    lines = -(-len(operations) // columns)
+    columns = min(3, max(1, len(operations)))
+    lines = max(1, -(-len(operations) // columns))
     figure = Figure(figsize=(5.2 * columns, 3.8 * lines), layout="constrained")
     for axes, operation in zip(figure.subplots(lines, columns, squeeze=False).flat, operations, strict=False):
         own = [rows for rows in results if rows[0].case.operation == operation]
