@@ -420,9 +420,9 @@ class Training(Section):
 class MoE(Section):
     """How the products of experts are made. Results do not depend on it but for rounding."""
 
-    # What multiplies on a GPU: torch's grouped_mm, Triton, or MegaBlocks' grouped path, which is installed apart
-    # (requirements-megablocks.txt). auto chooses by shape and device (kernels/grouped_linear.py); a CPU has no
-    # other.
+    # What multiplies on a GPU: torch's grouped_mm, Triton, or MegaBlocks' grouped path, which is installed
+    # apart (requirements-megablocks.txt). auto chooses by shape and device (kernels/grouped_linear.py); a CPU
+    # has no other.
     experts_backend: Literal["auto", "grouped_mm", "triton", "megablocks"] = "auto"
 
 

@@ -51,11 +51,13 @@ from eve.training.ds_config import (
 )
 from eve.training.loop import Run, TrainState
 from eve.training.run_lock import lock_run
-from eve.training.stages import check_stage
+from eve.training.stages import check_experts_backend, check_stage
 
 # What a resumed run may change in the recipe: how it runs (what of it changes results is compared apart), and
 # where its data lie (their content is compared: the tokenizer's bytes, names and counts of the shards).
-FREE_KEYS = re.compile(r"training\..*|parallel\..*|evaluation\..*|data\.tokenizer|data\.sources\..*\.shards")
+FREE_KEYS = re.compile(
+    r"training\..*|moe\..*|parallel\..*|evaluation\..*|data\.tokenizer|data\.sources\..*\.shards"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,6 +142,7 @@ def prepare(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
     for stage in recipe.stages:
         resolve_ds_config(ds_tree, recipe, stage, topology.data, cuda=cuda, where=where)
         check_stage(recipe, stage, ds_tree, where)
+    check_experts_backend(recipe.moe, ds_tree, cuda=cuda, where=where)
     try:
         tokenizer = load_data(recipe)
     except UserError as error:

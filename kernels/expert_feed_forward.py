@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import megablocks_products
 from kernels.backend import CompileCase, divide_up, jit, power_of_2, rows_of, tl, use_triton
 from kernels.grouped_linear import (
     ACTIVATIONS,
@@ -204,6 +205,11 @@ def grouped_activation_gradient(
 # ------------------------------------------------------------------------------------------------ operator
 
 
+def _sizes(offsets_E: Tensor, products: str) -> Tensor | None:
+    """What megablocks wants to know on the host, asked once a pass."""
+    return megablocks_products.sizes_of(offsets_E) if products == "megablocks" else None
+
+
 @torch.library.custom_op("eve_kernels::expert_feed_forward", mutates_args=())
 def _forward(
     x_ND: Tensor, w1_EDF: Tensor, b1_EF: Tensor, w2_EFD: Tensor, b2_ED: Tensor, offsets_E: Tensor,
@@ -211,8 +217,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if not use_triton(x_ND):
         return feed_forward_definition(x_ND, w1_EDF, b1_EF, w2_EFD, b2_ED, offsets_E, activation)
-    a_NF, z_NF = grouped_product(x_ND, w1_EDF, offsets_E, b1_EF, activation, True, products)
-    y_ND, _ = grouped_product(a_NF, w2_EFD, offsets_E, b2_ED, products=products)
+    sizes_E = _sizes(offsets_E, products)
+    a_NF, z_NF = grouped_product(x_ND, w1_EDF, offsets_E, b1_EF, activation, True, products, sizes_E)
+    y_ND, _ = grouped_product(a_NF, w2_EFD, offsets_E, b2_ED, products=products, sizes_E=sizes_E)
     assert z_NF is not None
     return y_ND, z_NF
 
@@ -231,13 +238,14 @@ def _backward_operator(
     if not use_triton(grad_ND):
         return feed_forward_backward_definition(grad_ND, x_ND, z_NF, w1_EDF, w2_EFD, offsets_E, activation)
     grad_ND = grad_ND.contiguous()
-    grad_a_NF, _ = grouped_product(grad_ND, w2_EFD.transpose(1, 2), offsets_E, products=products)
+    how: dict[str, Any] = {"products": products, "sizes_E": _sizes(offsets_E, products)}
+    grad_a_NF, _ = grouped_product(grad_ND, w2_EFD.transpose(1, 2), offsets_E, **how)
     grad_z_NF, a_NF, grad_b1_EF = grouped_activation_gradient(grad_a_NF, z_NF, offsets_E, activation)
     _, _, grad_b2_ED = grouped_activation_gradient(grad_ND, None, offsets_E)
     assert a_NF is not None
-    grad_w2_EFD = grouped_weight_gradient(a_NF, grad_ND, offsets_E, products)
-    grad_w1_EDF = grouped_weight_gradient(x_ND, grad_z_NF, offsets_E, products)
-    grad_x_ND, _ = grouped_product(grad_z_NF, w1_EDF.transpose(1, 2), offsets_E, products=products)
+    grad_w2_EFD = grouped_weight_gradient(a_NF, grad_ND, offsets_E, **how)
+    grad_w1_EDF = grouped_weight_gradient(x_ND, grad_z_NF, offsets_E, **how)
+    grad_x_ND, _ = grouped_product(grad_z_NF, w1_EDF.transpose(1, 2), offsets_E, **how)
     return grad_x_ND, grad_w1_EDF, grad_b1_EF, grad_w2_EFD, grad_b2_ED
 
 
@@ -273,12 +281,13 @@ def expert_feed_forward(
     b2_ED: Tensor,
     offsets_E: Tensor,
     activation: str = "gelu",
-    products: str = "grouped_mm",
+    products: str = "auto",
 ) -> Tensor:
     """(N, D) -> (N, D); `offsets_E` int32 holds the end of each expert's rows. Rows past the last end are
     undefined.
 
-    activation: gelu or quick_gelu. products: grouped_mm or triton, see kernels/grouped_linear.py.
+    activation: gelu or quick_gelu. products: what multiplies on a GPU (auto, grouped_mm, triton, megablocks);
+    see kernels/grouped_linear.py.
     """
     return _forward(x_ND, w1_EDF, b1_EF, w2_EFD, b2_ED, offsets_E, activation, products)[0]
 

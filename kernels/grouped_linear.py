@@ -9,11 +9,12 @@ tiles that do not exist end at once.
                               Columns vary fastest: programs of one time share an expert's weights
     grouped_weight_gradient   a program sums a tile of x^T dy over all rows of its expert, in their order
 
-`products` says what multiplies: "triton", or torch's "grouped_mm" and then one pass for bias and activation.
-At N = 65,536 rows, 768 -> 3,072, bf16, the product is 0.31 TFLOP, 0.44 ms at 700 TFLOP/s. Bias and activation
-in its epilogue write z and the activation, 805 MB, under the product; after grouped_mm one pass reads 403 MB
-more, 0.25 ms of an H200's 4.8 TB/s. As operations of PyTorch (a gather of biases, a sum, an activation) they
-move 2.4 GB, 0.5 ms. None of these times is measured yet; grouped_mm is the default until they are.
+`products` says what multiplies: "triton", or torch's "grouped_mm" and then one pass for bias and activation,
+or the products of "megablocks" and then that pass (kernels/megablocks_products.py). `multiplier` has the rule
+of "auto". At N = 65,536 rows, 768 -> 3,072, bf16, the product is 0.31 TFLOP, 0.44 ms at 700 TFLOP/s. Bias and
+activation in its epilogue write z and the activation, 805 MB, under the product; after grouped_mm one pass
+reads 403 MB more, 0.25 ms of an H200's 4.8 TB/s. As operations of PyTorch (a gather of biases, a sum, an
+activation) they move 2.4 GB, 0.5 ms. None of these times is measured yet.
 
 Shape suffixes: N row, E expert, I input column, O output column.
 """
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import megablocks_products
 from kernels.backend import CompileCase, divide_up, jit, power_of_2, rows_of, tl, use_triton
 
 ACTIVATIONS = {"none": 0, "gelu": 1, "quick_gelu": 2}
@@ -182,12 +184,27 @@ def tile_of(x: Tensor, *widths: int, activation: str = "none") -> dict[str, int]
 EPILOGUE_TILE = {"BLOCK_N": 16, "BLOCK_O": 256}
 
 
-def by_grouped_mm(products: str, *widths: int, of: Tensor) -> bool:
-    """grouped_mm wants rows of whole 16 bytes, and on a GPU bf16."""
-    if products not in ("triton", "grouped_mm"):
-        raise ValueError(f"products is {products!r}; choose triton or grouped_mm.")
-    aligned = all(width * of.element_size() % 16 == 0 for width in widths)
-    return products == "grouped_mm" and aligned and (of.dtype == torch.bfloat16 or not of.is_cuda)
+PRODUCTS = ("auto", "grouped_mm", "triton", "megablocks")
+
+
+def multiplier(products: str, *widths: int, of: Tensor) -> str:
+    """What multiplies rows like `of` with matrices of such widths: "grouped_mm", "triton" or "megablocks".
+
+    auto is grouped_mm where torch has a kernel for it: bf16, rows of whole 16 bytes, compute capability 9 or
+    10. Elsewhere torch copies the offsets to the host and loops over the experts; there auto is triton. On an
+    H100 the kernel of torch is CUTLASS's, with the copy engine of that chip, which the one here does not use.
+    By that reasoning and not by measurement, which waits for a GPU.
+    """
+    if products not in PRODUCTS:
+        raise ValueError(f"products is {products!r}; choose {', '.join(PRODUCTS)}.")
+    if products in ("triton", "megablocks"):
+        return products
+    fits = all(width * of.element_size() % 16 == 0 for width in widths)
+    if of.is_cuda:
+        fits = fits and of.dtype == torch.bfloat16
+        if products == "auto":
+            fits = fits and torch.cuda.get_device_capability(of.device)[0] in (9, 10)
+    return "grouped_mm" if fits else "triton"
 
 
 def ranges(offsets_E: Tensor) -> list[slice]:
@@ -203,11 +220,15 @@ def grouped_product(
     bias_EO: Tensor | None = None,
     activation: str = "none",
     keep: bool = False,
-    products: str = "grouped_mm",
+    products: str = "auto",
+    sizes_E: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(activation(z), and z if it is to be kept) with z = x W + b; any strides of the weights."""
+    """(activation(z), and z if it is to be kept) with z = x W + b; any strides of the weights.
+
+    `sizes_E`: rows of each expert on the host, for megablocks.
+    """
     num_experts, num_inputs, num_outputs = weight_EIO.shape
-    torch_multiplies = by_grouped_mm(products, num_inputs, num_outputs, of=x_NI)
+    chosen = multiplier(products, num_inputs, num_outputs, of=x_NI)
     if not use_triton(x_NI):
         z_NO = x_NI.new_zeros(x_NI.shape[0], num_outputs)
         for e, rows in enumerate(ranges(offsets_E)):
@@ -221,8 +242,13 @@ def grouped_product(
     block_e, kind = power_of_2(num_experts), ACTIVATIONS[activation]
     if not x_NI.shape[0]:
         return x_NI.new_empty(0, num_outputs), x_NI.new_empty(0, num_outputs) if keep else None
-    if torch_multiplies:
-        z_NO = F.grouped_mm(x_NI, weight_EIO, offs=offsets_E)
+    if chosen != "triton":
+        if chosen == "megablocks":
+            z_NO = megablocks_products.product(x_NI, weight_EIO, _on_host(offsets_E, sizes_E))
+        elif num_experts == 1:
+            z_NO = x_NI @ weight_EIO[0]
+        else:
+            z_NO = F.grouped_mm(x_NI, weight_EIO, offs=offsets_E)
         out_NO = torch.empty_like(z_NO) if keep else z_NO
         if bias_EO is not None or kind:
             row_tiles = divide_up(x_NI.shape[0], EPILOGUE_TILE["BLOCK_N"]) + num_experts
@@ -243,15 +269,26 @@ def grouped_product(
     return out_NO, z_NO
 
 
+def _on_host(offsets_E: Tensor, sizes_E: Tensor | None) -> Tensor:
+    return megablocks_products.sizes_of(offsets_E) if sizes_E is None else sizes_E
+
+
 def grouped_weight_gradient(
-    x_NI: Tensor, grad_NO: Tensor, offsets_E: Tensor, products: str = "grouped_mm"
+    x_NI: Tensor,
+    grad_NO: Tensor,
+    offsets_E: Tensor,
+    products: str = "auto",
+    sizes_E: Tensor | None = None,
 ) -> Tensor:
     """(E, I, O): x^T grad over the rows of each expert; zero where it has none."""
     if not use_triton(x_NI):
         return torch.stack([x_NI[rows].t() @ grad_NO[rows] for rows in ranges(offsets_E)])
     x_NI, grad_NO = rows_of(x_NI), rows_of(grad_NO)
     num_inputs, num_outputs, num_experts = x_NI.shape[1], grad_NO.shape[1], offsets_E.shape[0]
-    if x_NI.shape[0] and by_grouped_mm(products, num_inputs, num_outputs, of=x_NI):
+    chosen = multiplier(products, num_inputs, num_outputs, of=x_NI)
+    if x_NI.shape[0] and chosen == "megablocks":
+        return megablocks_products.weight_gradient(x_NI, grad_NO, _on_host(offsets_E, sizes_E))
+    if x_NI.shape[0] and chosen == "grouped_mm":
         return F.grouped_mm(x_NI.t(), grad_NO, offs=offsets_E)
     out_EIO = x_NI.new_empty(num_experts, num_inputs, num_outputs)
     tile = tile_of(x_NI, num_inputs, num_outputs)

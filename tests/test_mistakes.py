@@ -97,6 +97,8 @@ def test_recipe_is_not_yaml(mistake: Mistake, tmp_path: Path) -> None:
         ("stages.0.init_from=nowhere", "nowhere is not an exported model"),
         ("parallel.tensor=2", "parallel.tensor 2 does not divide the 1 processes"),
         ("parallel.expert=4", "parallel.expert 4 does not divide the 1 processes"),
+        ("moe.experts_backend=triton", "is triton, which needs a CUDA device; use auto on a CPU"),
+        ("moe.experts_backend=megablocks", "is megablocks, which needs a CUDA device; use auto on a CPU"),
         ("model.hidden=1000000000", "no space left for checkpoints"),
     ],
 )

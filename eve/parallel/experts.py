@@ -40,7 +40,15 @@ def expert_group(topology: Topology) -> Any:
 class ExpertParallelBank(MoE):
     """`num_experts / topology.expert` experts of `num_experts`, stacked; called as ExpertBank."""
 
-    def __init__(self, num_experts: int, width: int, hidden: int, activation: str, topology: Topology):
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        hidden: int,
+        activation: str,
+        topology: Topology,
+        products: str = "auto",
+    ):
         nn.Module.__init__(self)
         self.topology = topology
         # What DeepSpeed reads of an MoE layer.
@@ -49,7 +57,7 @@ class ExpertParallelBank(MoE):
         self.expert_group_name = f"ep_size_{topology.expert}"
         self.num_experts = num_experts
         self.num_local_experts = num_experts // topology.expert
-        bank = ExpertBank(self.num_local_experts, width, hidden, activation)
+        bank = ExpertBank(self.num_local_experts, width, hidden, activation, products)
         for parameter in bank.parameters():
             parameter.allreduce = False  # pyright: ignore
             parameter.group_name = self.expert_group_name  # pyright: ignore

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from eve.config import Model
+from eve.config import Model, MoE
 from eve.model.layers import Layers, QKVLinear
 from eve.model.relative_positions import RelativePositions
+from eve.moe.experts import ExpertBank
 from eve.parallel.sharding import canonical
 from eve.parallel.tensor import (
     HiddenParallelBank,
@@ -20,16 +21,22 @@ from eve.parallel.topology import Topology
 from eve.parallel.weights import WeightParts
 
 
-def parallel_layers(config: Model, topology: Topology) -> Layers:
+def parallel_layers(config: Model, topology: Topology, moe: MoE) -> Layers:
     """Constructors for this process's part of the model."""
-    fields: dict[str, Any] = {"cut": WeightParts(config, topology).held, "name_of": canonical}
+    products = moe.experts_backend
+    fields: dict[str, Any] = {
+        "cut": WeightParts(config, topology).held,
+        "name_of": canonical,
+        "experts": partial(ExpertBank, products=products),
+        "routed_experts": partial(ExpertBank, products=products),
+    }
     if topology.tensor > 1:
         fields |= {
             "qkv": lambda width, out, key_bias: QKVLinear(width, out // topology.tensor, key_bias),
             "row_linear": partial(RowLinear, topology=topology),
             "word_embedding": partial(VocabParallelEmbedding, topology=topology),
             "vocab_linear": partial(VocabParallelLinear, topology=topology),
-            "experts": partial(HiddenParallelBank, topology=topology),
+            "experts": partial(HiddenParallelBank, topology=topology, products=products),
             "relative_positions": lambda side, text, tables, heads: RelativePositions(
                 side, text, tables, heads // topology.tensor
             ),
@@ -39,5 +46,5 @@ def parallel_layers(config: Model, topology: Topology) -> Layers:
         # Imports DeepSpeed.
         from eve.parallel.experts import ExpertParallelBank
 
-        fields["routed_experts"] = partial(ExpertParallelBank, topology=topology)
+        fields["routed_experts"] = partial(ExpertParallelBank, topology=topology, products=products)
     return Layers(**fields)

@@ -99,8 +99,16 @@ class RowLinear(nn.Linear):
 class HiddenParallelBank(ExpertBank):
     """Hard-routed experts with a share of the hidden width; a part of the sum comes out, as of RowLinear."""
 
-    def __init__(self, num_experts: int, width: int, hidden: int, activation: str, topology: Topology):
-        super().__init__(num_experts, width, hidden // topology.tensor, activation)
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        hidden: int,
+        activation: str,
+        topology: Topology,
+        products: str = "auto",
+    ):
+        super().__init__(num_experts, width, hidden // topology.tensor, activation, products)
         self.first = topology.tensor_rank == 0
 
     def output_bias(self) -> Tensor:

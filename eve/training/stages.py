@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eve.config import Recipe, Stage
+from eve.config import MoE, Recipe, Stage
 from eve.errors import UserError
 from eve.model import build_model, parameter_shapes
 from eve.objectives import build_objective
 from eve.parallel.layers import parallel_layers
 from eve.parallel.sharding import Kind, placement
 from eve.parallel.topology import Topology
-from eve.training.ds_config import state_format, zero_stage
+from eve.training.ds_config import precision, state_format, zero_stage
 from eve.training.engine import EngineModule
 from eve.training.export import check_weights, load_weights
 from eve.training.optimizer import freeze, learning_names
+from kernels import megablocks_products
 
 
 def build_stage(
@@ -29,7 +30,7 @@ def build_stage(
     Weights come from, the first that is there: 1. `init_from`, 2. the stage before (`previous`, this
     process's part by the names of one device), 3. the seed.
     """
-    layers = parallel_layers(recipe.model, topology)
+    layers = parallel_layers(recipe.model, topology, recipe.moe)
     model = build_model(recipe.model, seed=recipe.seed, layers=layers)
     if stage.init_from is not None:
         load_weights(model, Path(stage.init_from), layers)
@@ -70,6 +71,22 @@ def check_stage(recipe: Recipe, stage: Stage, ds_tree: dict[str, Any], where: st
             f"parallel.expert {expert}: no weight that counts in the gradient norm of every process; use "
             "zero2_bf16.json"
         )
+
+
+def check_experts_backend(moe: MoE, ds_tree: dict[str, Any], *, cuda: bool, where: str) -> None:
+    """Raises UserError where the one that the recipe names cannot multiply here; loads it if it can."""
+    backend, kind = moe.experts_backend, precision(ds_tree)
+    if backend == "auto":
+        return
+    if not cuda:
+        raise UserError(f"moe.experts_backend is {backend}, which needs a CUDA device; use auto on a CPU")
+    if backend != "triton" and kind != "bf16":
+        raise UserError(f"moe.experts_backend is {backend}, which multiplies bf16, but {where} says {kind}")
+    if backend == "megablocks":
+        try:
+            megablocks_products.grouped_gemm()
+        except ImportError as error:
+            raise UserError(f"moe.experts_backend is megablocks, but {error}") from None
 
 
 def stage_at(recipe: Recipe, step: int) -> tuple[int, int]:
