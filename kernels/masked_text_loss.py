@@ -30,56 +30,138 @@ Shape suffixes: K row, D width, V word, N row before the gather.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import CompileCase, divide_up, jit, tl, use_triton
-
-MAX_LOGIT_BYTES = 512 << 20
+from kernels.backend import CompileCase, jit, tl, use_triton
+from kernels.chunked_linear import backward, empty_left, forward, plan, rows_of_chunk
 
 
 @dataclass(frozen=True)
 class TextLoss:
-    """Of each row, fp32: the loss, which alone has a gradient; the plain cross-entropy in nats; whether the
-    target is the most likely word (of equals the first counts)."""
+    """Of each row, in fp32 (of fp64 inputs in fp64): the loss, which alone has a gradient; the plain
+    cross-entropy in nats; whether the target is the most likely word (of equals the first counts)."""
 
     loss_K: Tensor
     nats_K: Tensor
     right_K: Tensor
 
 
+@dataclass(frozen=True)
+class Scale:
+    smoothing: float
+    z_loss: float
+    vocab_size: int
+
+
 # -------------------------------------------------------------------------------------- PyTorch definition
 
+# Of a row: largest logit, its word's id, sum of exp(logit - largest), the target's logit (0 where another
+# shard has it), sum of the logits.
+LARGEST, WORD, SUM_EXP, TARGET, SUM = range(5)
+CACHED = 1 << 20  # numbers: what the definition passes over more than once stays in the cache
 
-def masked_text_loss_definition(
-    x_KD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_K: Tensor, smoothing: float, z_loss: float
-) -> TextLoss:
-    logits_KV = F.linear(x_KD, weight_VD, bias_V).float()
-    right_K = logits_KV.detach().argmax(-1) == target_K
-    nats_K = F.cross_entropy(logits_KV, target_K, reduction="none")
+
+def _blocks(x_KV: Tensor) -> Iterator[slice]:
+    step = max(1, CACHED // max(1, x_KV.shape[1]))
+    return (slice(k, k + step) for k in range(0, x_KV.shape[0], step))
+
+
+def _softmax(logits_KV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of at least one word: probabilities, largest logit, its column, logsumexp."""
+    x_KV = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
+    largest_K1, word_K1 = x_KV.max(-1, keepdim=True)
+    p_KV = x_KV.softmax(-1)
+    lse_K1 = largest_K1 - p_KV.gather(1, word_K1).log_()
+    return p_KV, largest_K1[:, 0], word_K1[:, 0], lse_K1[:, 0]
+
+
+def _losses(lse_K: Tensor, x_target_K: Tensor, total_K: Tensor, scale: Scale) -> tuple[Tensor, Tensor]:
+    """(loss, cross-entropy)."""
+    nats_K = lse_K - x_target_K
     loss_K = nats_K
-    if smoothing:
-        loss_K = F.cross_entropy(logits_KV, target_K, reduction="none", label_smoothing=smoothing)
-    if z_loss:
-        loss_K = loss_K + z_loss * logits_KV.logsumexp(-1).square()
-    return TextLoss(loss_K, nats_K.detach(), right_K)
+    if scale.smoothing:
+        loss_K = loss_K + scale.smoothing * (x_target_K - total_K / scale.vocab_size)
+    if scale.z_loss:
+        loss_K = loss_K + scale.z_loss * lse_K.square()
+    return loss_K, nats_K
+
+
+def _gradient(p_KV: Tensor, at_K1: Tensor, here_K1: Tensor | int, lse_K: Tensor, scale: Scale) -> Tensor:
+    """In place, of the probabilities."""
+    if scale.z_loss:
+        p_KV.mul_(1 + 2 * scale.z_loss * lse_K[:, None])
+    if scale.smoothing:
+        p_KV.sub_(scale.smoothing / scale.vocab_size)
+    on_target_K1 = p_KV.new_full(at_K1.shape, scale.smoothing - 1.0) * here_K1
+    return p_KV.scatter_add_(1, at_K1, on_target_K1)
+
+
+def _loss_definition(
+    logits_KV: Tensor, target_K: Tensor, out: tuple[Tensor, ...], scale: Scale, gradient: bool
+) -> None:
+    loss_K, nats_K, right_K, lse_K = out
+    for rows in _blocks(logits_KV):
+        x_KV, at_K1 = logits_KV[rows], target_K[rows, None]
+        p_KV, _, word_K, lse_K[rows] = _softmax(x_KV)
+        x_target_K = x_KV.gather(1, at_K1)[:, 0].to(lse_K.dtype)
+        total_K = x_KV.sum(-1, dtype=lse_K.dtype) if scale.smoothing else x_target_K
+        loss_K[rows], nats_K[rows] = _losses(lse_K[rows], x_target_K, total_K, scale)
+        right_K[rows] = word_K == target_K[rows]
+        if gradient:
+            x_KV.copy_(_gradient(p_KV, at_K1, 1, lse_K[rows], scale))
+
+
+def statistics_definition(logits_KV: Tensor, target_K: Tensor, begin: int, num_words: int) -> Tensor:
+    exact = torch.promote_types(logits_KV.dtype, torch.float32)
+    stats_5K = logits_KV.new_zeros(5, logits_KV.shape[0], dtype=exact)
+    stats_5K[LARGEST] = -torch.inf
+    for rows in _blocks(logits_KV) if num_words else ():
+        x_KV = logits_KV[rows, :num_words]
+        at_K1, here_K1 = _columns(target_K[rows], begin, num_words)
+        _, largest_K, word_K, lse_K = _softmax(x_KV)
+        stats_5K[LARGEST, rows] = largest_K
+        stats_5K[WORD, rows] = word_K.to(exact)
+        stats_5K[SUM_EXP, rows] = (lse_K - largest_K).exp_()
+        stats_5K[TARGET, rows] = (x_KV.gather(1, at_K1).to(exact) * here_K1)[:, 0]
+        stats_5K[SUM, rows] = x_KV.sum(-1, dtype=exact)
+    stats_5K[WORD] += begin
+    return stats_5K
+
+
+def _columns(target_K: Tensor, begin: int, num_words: int) -> tuple[Tensor, Tensor]:
+    """(K, 1): the targets' columns, 0 where another shard has them; whether this one does."""
+    local_K1 = target_K[:, None] - begin
+    here_K1 = (local_K1 >= 0) & (local_K1 < num_words)
+    return local_K1 * here_K1, here_K1
+
+
+def merge_statistics(
+    stats_R5K: Tensor, target_K: Tensor, scale: Scale
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, cross-entropy, hit, logsumexp) of each row, from the statistics of all shards in their order."""
+    largest_RK, word_RK, sum_exp_RK, x_target_RK, total_RK = stats_R5K.unbind(1)
+    largest_K = largest_RK.amax(0)
+    lse_K = largest_K + (sum_exp_RK * (largest_RK - largest_K).exp()).sum(0).log()
+    # Not the index of the maximum: of equals it is any on a GPU, and here the first counts.
+    word_K = word_RK.where(largest_RK == largest_K, torch.inf).amin(0)
+    loss_K, nats_K = _losses(lse_K, x_target_RK.sum(0), total_RK.sum(0), scale)
+    return loss_K, nats_K, word_K == target_K, lse_K
 
 
 def _to_gradient_definition(
     logits_KV: Tensor, target_K: Tensor, lse_K: Tensor, begin: int, num_words: int, scale: Scale
 ) -> None:
-    p_KV = (logits_KV.float() - lse_K[:, None]).exp_()
-    p_KV.mul_(1 + 2 * scale.z_loss * lse_K[:, None]).sub_(scale.smoothing / scale.vocab_size)
-    local_K = target_K - begin
-    here_K = (local_K >= 0) & (local_K < num_words)
-    at_K1 = local_K.clamp(0, logits_KV.shape[1] - 1)[:, None]
-    p_KV.scatter_add_(1, at_K1, here_K[:, None] * (scale.smoothing - 1.0))
-    p_KV[:, num_words:] = 0
-    logits_KV.copy_(p_KV)
+    logits_KV[:, num_words:] = 0
+    for rows in _blocks(logits_KV) if num_words else ():
+        x_KV = logits_KV[rows, :num_words]
+        p_KV, *_, local_lse_K = _softmax(x_KV)
+        p_KV.mul_((local_lse_K - lse_K[rows]).exp_()[:, None])
+        x_KV.copy_(_gradient(p_KV, *_columns(target_K[rows], begin, num_words), lse_K[rows], scale))
 
 
 # ------------------------------------------------------------------------------------------------- kernels
@@ -150,34 +232,29 @@ def _to_gradient_kernel(
     _row_to_gradient(row, local, tl.load(lse + k), on_target, per_word, z_loss, num_words, width, BLOCK)
 
 
-@jit
-def _column_sum_kernel(x, scale, out, num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(0, num_rows, ROWS):
-        k = first + tl.arange(0, ROWS).to(tl.int64)
-        inside = (k[:, None] < num_rows) & (column[None, :] < width)
-        part = tl.load(x + k[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        total += part * tl.load(scale + k, mask=k < num_rows, other=0.0)[:, None]
-    tl.store(out + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < width)
-
-
 # ------------------------------------------------------------------------------------------------ launches
 
 BLOCK_WORDS, NUM_WARPS = 4096, 8  # 16 numbers a thread: two 16-byte accesses of bf16
 
 
-@dataclass(frozen=True)
-class Scale:
-    smoothing: float
-    z_loss: float
-    vocab_size: int
+def to_loss(
+    logits_KV: Tensor, target_K: Tensor, out: tuple[Tensor, ...], scale: Scale, gradient: bool
+) -> None:
+    """Into `out`: (loss, cross-entropy, hit, logsumexp). With `gradient` the logits become theirs."""
+    num_rows, num_words = logits_KV.shape
+    if not use_triton(logits_KV):
+        _loss_definition(logits_KV, target_K, out, scale, gradient)
+    elif num_rows:
+        _loss_kernel[(num_rows,)](
+            logits_KV, target_K, *out, logits_KV.stride(0), num_words, scale.smoothing, scale.z_loss,
+            GRADIENT=gradient, BLOCK=BLOCK_WORDS, num_warps=NUM_WARPS,
+        )  # fmt: skip
 
 
 def to_gradient(
     logits_KV: Tensor, target_K: Tensor, lse_K: Tensor, begin: int, num_words: int, scale: Scale
 ) -> None:
-    """In place, of a shard."""
+    """In place, of a shard with the words from `begin` on; columns past `num_words` become zero."""
     if not use_triton(logits_KV):
         return _to_gradient_definition(logits_KV, target_K, lse_K, begin, num_words, scale)
     num_rows, width = logits_KV.shape
@@ -189,109 +266,70 @@ def to_gradient(
         )  # fmt: skip
 
 
-def _column_sum(x_KV: Tensor, scale_K: Tensor) -> Tensor:
-    """sum over k of scale_k x_k, in x's type."""
-    num_rows, width = x_KV.shape
-    if not use_triton(x_KV):
-        return (scale_K @ x_KV.float()).to(x_KV.dtype)
-    out_V = x_KV.new_empty(width)
-    _column_sum_kernel[(divide_up(width, 128),)](
-        x_KV, scale_K, out_V, num_rows, width, ROWS=32, COLUMNS=128, num_warps=4
-    )
-    return out_V
-
-
-def _add_product(total_VD: Tensor, grad_KV: Tensor, x_KD: Tensor) -> None:
-    """total += G^T x in fp32."""
-    if grad_KV.is_cuda and grad_KV.dtype != total_VD.dtype:
-        torch.addmm(total_VD, grad_KV.t(), x_KD, out_dtype=torch.float32, out=total_VD)
-    else:
-        total_VD.addmm_(grad_KV.t().to(total_VD.dtype), x_KD.to(total_VD.dtype))
-
-
-def products(
-    grad_K: Tensor, grad_KV: Tensor, x_KD: Tensor, weight_VD: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_K1 = grad_K[:, None]
-    grad_x_KD = ((grad_KV @ weight_VD) * grad_K1).to(x_KD.dtype)
-    return grad_x_KD, grad_KV.t() @ (x_KD * grad_K1).to(x_KD.dtype), _column_sum(grad_KV, grad_K)
-
-
 # ------------------------------------------------------------------------------------------------ autograd
+
+
+def outputs(x_KD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each row, to be written: loss, cross-entropy, hit, logsumexp."""
+    exact = torch.promote_types(x_KD.dtype, torch.float32)
+    loss_K, nats_K, lse_K = (x_KD.new_empty(x_KD.shape[0], dtype=exact) for _ in range(3))
+    return loss_K, nats_K, x_KD.new_empty(x_KD.shape[0], dtype=torch.bool), lse_K
 
 
 @torch.library.custom_op("eve_kernels::masked_text_loss", mutates_args=())
 def _loss(
     x_KD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_K: Tensor,
-    smoothing: float, z_loss: float, chunk: int, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """loss_K, nats_K, right_K, logsumexp_K, and the gradient of the logits (K, V) or (0, V): not kept."""
-    num_rows, num_words = x_KD.shape[0], weight_VD.shape[0]
-    loss_K, nats_K, lse_K = x_KD.new_empty(3, num_rows, dtype=torch.float32).unbind()
-    right_K = x_KD.new_empty(num_rows, dtype=torch.bool)
-    logits_KV = x_KD.new_empty(0, num_words)
-    for k in range(0, num_rows, chunk):
-        part = slice(k, min(k + chunk, num_rows))
-        logits_KV = F.linear(x_KD[part], weight_VD, bias_V)
-        _loss_kernel[(part.stop - k,)](
-            logits_KV, target_K[part], loss_K[part], nats_K[part], right_K[part], lse_K[part],
-            logits_KV.stride(0), num_words, smoothing, z_loss,
-            GRADIENT=keep, BLOCK=BLOCK_WORDS, num_warps=NUM_WARPS,
-        )  # fmt: skip
-    kept_KV = logits_KV if keep else logits_KV.new_empty(0, num_words)
-    # No views of one storage leave an operator.
-    return loss_K.clone(), nats_K.clone(), right_K, lse_K.clone(), kept_KV
+    smoothing: float, z_loss: float, chunk: int, leaves: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What `outputs` names, and what is left to the backward (kernels/chunked_linear.py)."""
+    out = outputs(x_KD)
+    scale = Scale(smoothing, z_loss, weight_VD.shape[0])
+
+    def visit(logits_KV: Tensor, rows: slice) -> None:
+        part = tuple(tensor[rows] for tensor in out)
+        to_loss(logits_KV, target_K[rows], part, scale, leaves != "nothing")
+
+    return *out, *forward(x_KD, weight_VD, bias_V, chunk, leaves, visit)
 
 
 @_loss.register_fake
-def _(x_KD, weight_VD, bias_V, target_K, smoothing, z_loss, chunk, keep):  # pyright: ignore
-    num_rows = x_KD.shape[0]
-    loss_K, nats_K, lse_K = (x_KD.new_empty(num_rows, dtype=torch.float32) for _ in range(3))
-    right_K = x_KD.new_empty(num_rows, dtype=torch.bool)
-    return loss_K, nats_K, right_K, lse_K, x_KD.new_empty(num_rows if keep else 0, weight_VD.shape[0])
+def _(x_KD, weight_VD, bias_V, target_K, smoothing, z_loss, chunk, leaves):  # pyright: ignore
+    return *outputs(x_KD), *empty_left(x_KD, weight_VD, leaves)
 
 
 @torch.library.custom_op("eve_kernels::masked_text_loss_backward", mutates_args=())
 def _loss_backward(
-    grad_K: Tensor, x_KD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_K: Tensor,
-    lse_K: Tensor, kept_KV: Tensor, smoothing: float, z_loss: float, chunk: int,
+    grad_K: Tensor, x_KD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_K: Tensor, lse_K: Tensor,
+    left: Sequence[Tensor], smoothing: float, z_loss: float, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grad_K = grad_K.contiguous()
-    num_rows, num_words = x_KD.shape[0], weight_VD.shape[0]
-    if kept_KV.shape[0] == num_rows:
-        return products(grad_K, kept_KV, x_KD, weight_VD)
-    scale = Scale(smoothing, z_loss, num_words)
-    grad_x_KD = torch.empty_like(x_KD)
-    grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-    grad_bias_V = weight_VD.new_zeros(num_words, dtype=torch.float32)
-    for k in range(0, num_rows, chunk):
-        part = slice(k, min(k + chunk, num_rows))
-        grad_KV = F.linear(x_KD[part], weight_VD, bias_V)
-        to_gradient(grad_KV, target_K[part], lse_K[part], 0, num_words, scale)
-        grad_K1 = grad_K[part, None]
-        grad_x_KD[part] = (grad_KV @ weight_VD) * grad_K1
-        _add_product(grad_weight_VD, grad_KV, (x_KD[part] * grad_K1).to(x_KD.dtype))
-        grad_bias_V += _column_sum(grad_KV, grad_K[part])
-    return grad_x_KD, grad_weight_VD.to(weight_VD.dtype), grad_bias_V.to(weight_VD.dtype)
+    scale = Scale(smoothing, z_loss, weight_VD.shape[0])
+
+    def visit(logits_KV: Tensor, rows: slice) -> None:
+        to_gradient(logits_KV, target_K[rows], lse_K[rows], 0, weight_VD.shape[0], scale)
+
+    return backward(grad_K, x_KD, weight_VD, bias_V, left, chunk, visit)
 
 
 @_loss_backward.register_fake
-def _(grad_K, x_KD, weight_VD, bias_V, target_K, lse_K, kept_KV, smoothing, z_loss, chunk):  # pyright: ignore
+def _(grad_K, x_KD, weight_VD, *_):  # pyright: ignore
     return torch.empty_like(x_KD), torch.empty_like(weight_VD), weight_VD.new_empty(weight_VD.shape[0])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_KD, weight_VD, bias_V, target_K, *ctx.options, _ = inputs
-    _, *others, lse_K, kept_KV = output
-    ctx.mark_non_differentiable(*others, lse_K, kept_KV)
+    *tensors, smoothing, z_loss, chunk, _ = inputs
+    _, *others = output
+    ctx.options = smoothing, z_loss, chunk
+    ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)  # else zeros of the size of the logits
-    ctx.save_for_backward(x_KD, weight_VD, bias_V, target_K, lse_K, kept_KV)
+    ctx.save_for_backward(*tensors, *others[2:])
 
 
 def _backward(ctx: Any, grad_K: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: activation checkpointing gives them no second time
-    grad_x_KD, grad_weight_VD, grad_bias_V = _loss_backward(grad_K, *saved, *ctx.options)
-    return grad_x_KD, grad_weight_VD, None if saved[2] is None else grad_bias_V, *[None] * 5
+    # Read once: activation checkpointing gives them no second time.
+    x_KD, weight_VD, bias_V, target_K, lse_K, *left = ctx.saved_tensors
+    tensors = x_KD, weight_VD, bias_V, target_K, lse_K
+    grad_x_KD, grad_weight_VD, grad_bias_V = _loss_backward(grad_K, *tensors, left, *ctx.options)
+    return grad_x_KD, grad_weight_VD, None if bias_V is None else grad_bias_V, *[None] * 5
 
 
 _loss.register_autograd(_backward, setup_context=_save)
@@ -305,19 +343,16 @@ def masked_text_loss(
     row_K: Tensor | None = None,
     smoothing: float = 0.0,
     z_loss: float = 0.0,
-    max_logit_bytes: int = MAX_LOGIT_BYTES,
+    max_logit_bytes: int | None = None,
 ) -> TextLoss:
-    """Rows `row_K` (distinct; None: all) of x (N, D) against words `target_K` (K,) int64."""
+    """Rows `row_K` (distinct; None: all) of x (N, D) against words `target_K` (K,) int64.
+
+    `max_logit_bytes` bounds the logits in memory at a time (None: MAX_LOGIT_BYTES of the device)."""
     x_KD = x_ND if row_K is None else x_ND.index_select(0, row_K)
-    if not use_triton(x_KD):
-        return masked_text_loss_definition(x_KD, weight_VD, bias_V, target_K, smoothing, z_loss)
-    num_rows, num_words = x_KD.shape[0], weight_VD.shape[0]
-    chunk = max(1, max_logit_bytes // (num_words * x_KD.element_size()))
-    parameters = [x_KD, weight_VD] if bias_V is None else [x_KD, weight_VD, bias_V]
-    learns = torch.is_grad_enabled() and any(each.requires_grad for each in parameters)
-    keep = learns and num_rows <= chunk
-    target_K = target_K.contiguous()
-    loss_K, nats_K, right_K, *_ = _loss(x_KD, weight_VD, bias_V, target_K, smoothing, z_loss, chunk, keep)
+    chunk = rows_of_chunk(weight_VD, max_logit_bytes)
+    leaves = plan(x_KD.shape[0], chunk, x_KD, weight_VD, bias_V)
+    tensors = x_KD, weight_VD, bias_V, target_K.contiguous()
+    loss_K, nats_K, right_K, *_ = _loss(*tensors, smoothing, z_loss, chunk, leaves)
     return TextLoss(loss_K, nats_K, right_K)
 
 
@@ -343,12 +378,5 @@ COMPILE_CASES = [
         constants={"BLOCK": BLOCK_WORDS},
         num_warps=NUM_WARPS,
         aligned=("stride", "begin", "num_words", "width"),
-    ),
-    CompileCase(
-        name="masked_text_loss, column sum",
-        kernel=_column_sum_kernel,
-        types={"x": "*bf16", "scale": "*fp32", "out": "*bf16", "num_rows": "i32", "width": "i32"},
-        constants={"ROWS": 32, "COLUMNS": 128},
-        aligned=("width",),
     ),
 ]  # fmt: skip

@@ -1,10 +1,10 @@
 """The masked text loss where each rank holds a share of the vocabulary.
 
 A pass over the logits of the shard gives five numbers a row, which the caller's `gather` brings together over
-the ranks: the only communication, 20 bytes a row and rank. Merged, in the same order on every rank, they give
-loss and logsumexp, and a second pass turns the logits into their gradient in place. Products and bytes are
-those of kernels/masked_text_loss.py, but that the second pass reads the logits from memory again. Rows are
-not cut into chunks: a shard's logits are small.
+the ranks: the only communication, 20 bytes a row and rank, once for every chunk of rows. Merged, in the same
+order on every rank, they give loss and logsumexp, and a second pass turns the logits into their gradient in
+place. Products, bytes and chunks are those of kernels/masked_text_loss.py on this shard, but that the second
+pass reads the logits from memory again. The backward communicates nothing: it has the logsumexp.
 
 Shape suffixes: K row, D width, V word of this shard, R rank.
 """
@@ -12,57 +12,24 @@ Shape suffixes: K row, D width, V word of this shard, R rank.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import CompileCase, jit, tl, use_triton
+from kernels.chunked_linear import backward, forward, plan, rows_of_chunk
 from kernels.masked_text_loss import (
     BLOCK_WORDS,
     NUM_WARPS,
     Scale,
     TextLoss,
-    products,
+    merge_statistics,
+    outputs,
     row_statistics,
+    statistics_definition,
     to_gradient,
 )
-
-# Of a row: largest logit, its word's id, sum of exp(logit - largest), the target's logit (0 where another
-# shard has it), sum of the logits.
-LARGEST, WORD, SUM_EXP, TARGET, SUM = range(5)
-
-
-@dataclass(frozen=True)
-class Merged:
-    """Of each row over the whole vocabulary: loss, cross-entropy, hit and the logsumexp of the logits."""
-
-    loss_K: Tensor
-    nats_K: Tensor
-    right_K: Tensor
-    lse_K: Tensor
-
-
-# ---------------------------------------------------------------------------------------------- definition
-
-
-def _statistics_definition(logits_KV: Tensor, target_K: Tensor, begin: int, num_words: int) -> Tensor:
-    real_KV = logits_KV[:, :num_words].float()
-    local_K = target_K - begin
-    here_K = (local_K >= 0) & (local_K < num_words)
-    stats_5K = real_KV.new_zeros(5, real_KV.shape[0])
-    stats_5K[LARGEST] = -torch.inf
-    if num_words:
-        stats_5K[LARGEST], word_K = real_KV.max(-1)
-        stats_5K[WORD] = word_K.float()
-        stats_5K[SUM_EXP] = (real_KV - stats_5K[LARGEST, :, None]).exp().sum(-1)
-        at_K1 = local_K.clamp(0, num_words - 1)[:, None]
-        stats_5K[TARGET] = real_KV.gather(1, at_K1)[:, 0].masked_fill(~here_K, 0)
-        stats_5K[SUM] = real_KV.sum(-1)
-    stats_5K[WORD] += begin
-    return stats_5K
-
 
 # ------------------------------------------------------------------------------------------------- kernels
 
@@ -94,7 +61,7 @@ def logit_statistics(logits_KV: Tensor, target_K: Tensor, begin: int, num_words:
     """(5, K) fp32, see LARGEST to SUM, of a shard with the words from `begin` on; columns past `num_words`
     are padding. Word ids are exact in fp32 below 2^24."""
     if not use_triton(logits_KV):
-        return _statistics_definition(logits_KV, target_K, begin, num_words)
+        return statistics_definition(logits_KV, target_K, begin, num_words)
     num_rows = logits_KV.shape[0]
     stats_5K = logits_KV.new_empty(5, num_rows, dtype=torch.float32)
     if num_rows:
@@ -105,47 +72,42 @@ def logit_statistics(logits_KV: Tensor, target_K: Tensor, begin: int, num_words:
     return stats_5K
 
 
-def merge_statistics(
-    stats_R5K: Tensor, target_K: Tensor, smoothing: float, z_loss: float, vocab_size: int
-) -> Merged:
-    """Of all shards; every rank gets the same bits."""
-    largest_RK, word_RK, sum_exp_RK, x_target_RK, total_RK = stats_R5K.unbind(1)
-    largest_K = largest_RK.amax(0)
-    lse_K = largest_K + (sum_exp_RK * (largest_RK - largest_K).exp()).sum(0).log()
-    # Not the index of the maximum: of equals it is any on a GPU, and here the first counts.
-    word_K = word_RK.where(largest_RK == largest_K, torch.inf).amin(0)
-    nats_K = lse_K - x_target_RK.sum(0)
-    loss_K = nats_K + z_loss * lse_K.square()
-    if smoothing:
-        loss_K = loss_K + smoothing * (x_target_RK.sum(0) - total_RK.sum(0) / vocab_size)
-    return Merged(loss_K, nats_K, word_K == target_K, lse_K)
-
-
 # ------------------------------------------------------------------------------------------------ autograd
 
 
 class _ShardLoss(torch.autograd.Function):
-    """No operator: it calls back for the collective. All rows at once: a shard's logits are small."""
+    """No operator: it calls back for the collective."""
 
     @staticmethod
-    def forward(ctx, x_KD, weight_VD, bias_V, target_K, begin, scale, gather):  # pyright: ignore
-        logits_KV = F.linear(x_KD, weight_VD, bias_V)
+    def forward(ctx, x_KD, weight_VD, bias_V, target_K, begin, scale, gather, chunk, leaves):  # pyright: ignore
         num_words = min(max(scale.vocab_size - begin, 0), weight_VD.shape[0])
-        target_K = target_K.contiguous()
-        stats_R5K = gather(logit_statistics(logits_KV, target_K, begin, num_words))
-        merged = merge_statistics(stats_R5K, target_K, scale.smoothing, scale.z_loss, scale.vocab_size)
-        if any(ctx.needs_input_grad):
-            to_gradient(logits_KV, target_K, merged.lse_K, begin, num_words, scale)
-            ctx.save_for_backward(x_KD, weight_VD, logits_KV)
-        nats_K = merged.nats_K.clone() if merged.nats_K is merged.loss_K else merged.nats_K
-        ctx.mark_non_differentiable(nats_K, merged.right_K)
-        return merged.loss_K, nats_K, merged.right_K
+        loss_K, nats_K, right_K, lse_K = out = outputs(x_KD)
+
+        def visit(logits_KV: Tensor, rows: slice) -> None:
+            stats_5K = logit_statistics(logits_KV, target_K[rows], begin, num_words)
+            found = merge_statistics(gather(stats_5K), target_K[rows], scale)
+            for tensor, value in zip(out, found, strict=True):
+                tensor[rows] = value
+            if leaves != "nothing":
+                to_gradient(logits_KV, target_K[rows], lse_K[rows], begin, num_words, scale)
+
+        left = forward(x_KD, weight_VD, bias_V, chunk, leaves, visit)
+        ctx.options = begin, num_words, scale, chunk
+        ctx.mark_non_differentiable(nats_K, right_K)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x_KD, weight_VD, bias_V, target_K, lse_K, *left)
+        return loss_K, nats_K, right_K
 
     @staticmethod
-    def backward(ctx, grad_K, *_):  # pyright: ignore
-        x_KD, weight_VD, grad_KV = ctx.saved_tensors
-        grads = products(grad_K.contiguous(), grad_KV, x_KD, weight_VD)
-        return *grads[:2], grads[2] if ctx.needs_input_grad[2] else None, None, None, None, None
+    def backward(ctx: Any, grad_K: Tensor, *_: None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        begin, num_words, scale, chunk = ctx.options
+        x_KD, weight_VD, bias_V, target_K, lse_K, *left = ctx.saved_tensors
+
+        def visit(logits_KV: Tensor, rows: slice) -> None:
+            to_gradient(logits_KV, target_K[rows], lse_K[rows], begin, num_words, scale)
+
+        grads = backward(grad_K, x_KD, weight_VD, bias_V, left, chunk, visit)
+        return *grads[:2], None if bias_V is None else grads[2], *[None] * 6
 
 
 def vocabulary_parallel_text_loss(
@@ -158,14 +120,17 @@ def vocabulary_parallel_text_loss(
     gather: Callable[[Tensor], Tensor],
     smoothing: float = 0.0,
     z_loss: float = 0.0,
+    max_logit_bytes: int | None = None,
 ) -> TextLoss:
     """masked_text_loss of a shard with the words from `begin` on; columns past `vocab_size` are padding.
 
-    `gather` (5, K) -> (R, 5, K) gathers over ranks, the only communication. The gradient of x is this
-    shard's part of the sum over ranks.
+    `gather` (5, K') -> (R, 5, K') gathers over ranks, the only communication; it is called as often on every
+    rank, by the same `max_logit_bytes`. The gradient of x is this shard's part of the sum over ranks.
     """
-    scale = Scale(smoothing, z_loss, vocab_size)
-    return TextLoss(*_ShardLoss.apply(x_KD, weight_VD, bias_V, target_K, begin, scale, gather))  # pyright: ignore
+    chunk = rows_of_chunk(weight_VD, max_logit_bytes)
+    leaves = plan(x_KD.shape[0], chunk, x_KD, weight_VD, bias_V)
+    options = begin, Scale(smoothing, z_loss, vocab_size), gather, chunk, leaves
+    return TextLoss(*_ShardLoss.apply(x_KD, weight_VD, bias_V, target_K.contiguous(), *options))  # pyright: ignore
 
 
 COMPILE_CASES = [

@@ -13,6 +13,7 @@ from eve.config import Contrast, FeedForward, Matching, Model
 from eve.model.block import Block
 from eve.model.layers import Layers, Norm
 from eve.packing import TokenLayout
+from kernels.masked_text_loss import TextLoss
 
 
 class WordHead(nn.Module):
@@ -28,9 +29,11 @@ class WordHead(nn.Module):
         """(K, D) -> logits (K, V)."""
         return self.output(self._hidden(x_KD))
 
-    def cross_entropy(self, x_KD: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
-        """((K,) nats in fp32, (K,) bool: the target is the most likely word)."""
-        return self.output.cross_entropy(self._hidden(x_KD), target_K)  # pyright: ignore
+    def cross_entropy(
+        self, x_KD: Tensor, target_K: Tensor, smoothing: float = 0.0, z_loss: float = 0.0
+    ) -> TextLoss:
+        """Of (K, D) encoded tokens against (K,) words; the logits are never whole in memory."""
+        return self.output.cross_entropy(self._hidden(x_KD), target_K, smoothing, z_loss)  # pyright: ignore
 
     def _hidden(self, x_KD: Tensor) -> Tensor:
         return self.norm(F.gelu(self.dense(x_KD)))

@@ -18,6 +18,7 @@ from eve.moe.dispatch import Dispatcher, LocalDispatcher
 from eve.moe.experts import ExpertBank
 from eve.packing import TokenLayout
 from eve.tokens import Tokens, WholeTokens
+from kernels.masked_text_loss import TextLoss, masked_text_loss
 
 
 class QKVLinear(nn.Module):
@@ -73,11 +74,11 @@ class Norm(nn.LayerNorm):
 class VocabLinear(nn.Linear):
     """From hidden states to words: logits, or their cross-entropy."""
 
-    def cross_entropy(self, x_KD: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
-        """((K,) nats in fp32, (K,) bool: the target has the largest logit)."""
-        logits_KV = self(x_KD).float()
-        right_K = logits_KV.detach().argmax(-1) == target_K
-        return F.cross_entropy(logits_KV, target_K, reduction="none"), right_K
+    def cross_entropy(
+        self, x_KD: Tensor, target_K: Tensor, smoothing: float = 0.0, z_loss: float = 0.0
+    ) -> TextLoss:
+        """Of (K, D) hidden states against (K,) words, with label smoothing and a weight of the z-loss."""
+        return masked_text_loss(x_KD, self.weight, self.bias, target_K, smoothing=smoothing, z_loss=z_loss)
 
 
 def keep_all(name: str, whole: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class MaskedPair:
         pred_BMC = model.decoder(encoded.images_BID, mask["visible_V"], mask["masked_M"])
         patch_size = model.config.patch_size
         image, image_metrics = image_loss(pred_BMC, batch, mask["masked_M"], patch_size, self.stream)
-        text, text_metrics = text_loss(model, encoded, batch, self.name)
+        text, text_metrics = text_loss(model, encoded, batch, self.stream)
         metrics = {f"image_{k}": v for k, v in image_metrics.items()}
         metrics |= {f"text_{k}": v for k, v in text_metrics.items()}
         return with_routing(image / units[0] + text / units[1], metrics, encoded, aux_weight)

@@ -80,7 +80,7 @@ class MaskedText:
         self, model: VisionLanguageModel, batch: Batch, units: Tensor, aux_weight: float
     ) -> ObjectiveOutput:
         encoded = self._encode(model, batch)
-        total, metrics = text_loss(model, encoded, batch, self.name)
+        total, metrics = text_loss(model, encoded, batch, self.stream)
         return with_routing(total / units, metrics, encoded, aux_weight)
 
     @torch.no_grad()
@@ -93,12 +93,13 @@ class MaskedText:
 
 
 def text_loss(
-    model: VisionLanguageModel, encoded: EncoderOutput, batch: Batch, stream: str
+    model: VisionLanguageModel, encoded: EncoderOutput, batch: Batch, stream: Stream
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """Sum over masked words of the cross-entropy, and the metrics."""
-    target_K = batch.masks[stream]["target_N"]
-    row_K, _ = masked_rows(batch, stream)
-    nats_K, right_K = model.word_head.cross_entropy(encoded.texts_ND.index_select(0, row_K), target_K)
-    total = nats_K.sum()
-    count = torch.full_like(total, target_K.numel())
-    return total, {"loss": (total.detach(), count.detach()), "accuracy": (right_K.sum(), count.detach())}
+    """Sum over masked words of the loss, and the metrics: `loss` is the plain cross-entropy in nats."""
+    target_K = batch.masks[stream.name]["target_N"]
+    row_K, _ = masked_rows(batch, stream.name)
+    hidden_KD = encoded.texts_ND.index_select(0, row_K)
+    found = model.word_head.cross_entropy(hidden_KD, target_K, stream.label_smoothing, stream.z_loss_weight)
+    nats = found.nats_K.sum()
+    count = torch.full_like(nats, target_K.numel())
+    return found.loss_K.sum(), {"loss": (nats, count), "accuracy": (found.right_K.sum(), count)}

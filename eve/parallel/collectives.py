@@ -52,6 +52,13 @@ def all_gather_rows(x_TD: Tensor, counts: Sequence[int], group: Any) -> Tensor:
     return torch.cat([gathered[r * longest : r * longest + count] for r, count in enumerate(counts)])
 
 
+def gather_over_ranks(x: Tensor, size: int, group: Any) -> Tensor:
+    """The tensors of all ranks, of one shape, along a new first axis."""
+    gathered = x.new_empty(size, *x.shape)
+    _all_gather(gathered.view(-1), x.contiguous().view(-1), group=group)
+    return gathered
+
+
 def reduce_scatter_rows(x_TD: Tensor, counts: Sequence[int], rank: int, group: Any) -> Tensor:
     """This rank's rows of the sum over ranks."""
     longest = max(counts)

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,10 +33,13 @@ from eve.parallel.collectives import (
     Split,
     SumGradients,
     all_reduce,
+    gather_over_ranks,
     shares,
 )
 from eve.parallel.sharding import Kind, canonical, padded_vocabulary, placement
 from eve.parallel.topology import Topology
+from kernels.masked_text_loss import TextLoss
+from kernels.vocabulary_parallel_loss import vocabulary_parallel_text_loss
 
 
 class TensorTokens:
@@ -145,52 +148,16 @@ class VocabParallelLinear(VocabLinear):
         logits_VK = self._logits(input).t()
         return Join.apply(logits_VK, [self.out_features] * self.size, 0, self.group).t()[:, : self.vocab_size]  # pyright: ignore
 
-    def cross_entropy(self, x_KD: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
-        logits_KV = self._logits(CopyIn.apply(x_KD, self.group)).float()  # pyright: ignore
-        padding = self.begin + self.out_features - self.vocab_size
-        if padding > 0:
-            logits_KV[:, max(0, self.out_features - padding) :] = -torch.inf
-        return VocabParallelCrossEntropy.apply(logits_KV, target_K, self.begin, self.size, self.group)  # pyright: ignore
+    def cross_entropy(
+        self, x_KD: Tensor, target_K: Tensor, smoothing: float = 0.0, z_loss: float = 0.0
+    ) -> TextLoss:
+        x_KD = CopyIn.apply(x_KD, self.group)  # pyright: ignore
+        gather = partial(gather_over_ranks, size=self.size, group=self.group)
+        shard = self.weight, self.bias, target_K, self.begin, self.vocab_size
+        return vocabulary_parallel_text_loss(x_KD, *shard, gather, smoothing, z_loss)
 
     def _logits(self, x_KD: Tensor) -> Tensor:
         return F.linear(x_KD, self.weight, self.bias)
-
-
-class VocabParallelCrossEntropy(torch.autograd.Function):
-    """((K,) nats, (K,) bool: the largest logit is the target's) from a share of the logits on each rank.
-
-    Two collectives of 2 K numbers: (largest logit, its word) gathered, then (sum of exponentials, logit of
-    the target) summed.
-    """
-
-    @staticmethod
-    def forward(ctx, logits_KV: Tensor, target_K: Tensor, begin: int, size: int, group: Any):
-        num_words = logits_KV.shape[1]
-        largest_K, word_K = logits_KV.max(-1)
-        # Word ids are exact in fp32 below 2^24.
-        mine_2K = torch.stack([largest_K, (word_K + begin).float()])
-        all_R2K = mine_2K.new_empty(size, *mine_2K.shape)
-        dist.all_gather(list(all_R2K.unbind()), mine_2K, group=group)
-        largest_K, rank_K = all_R2K[:, 0].max(0)
-        word_K = all_R2K[:, 1].gather(0, rank_K[None])[0].long()
-        exp_KV = (logits_KV - largest_K[:, None]).exp_()
-        local_K = target_K - begin
-        here_K = (local_K >= 0) & (local_K < num_words)
-        local_K = local_K.clamp(0, num_words - 1)
-        logit_K = logits_KV.gather(1, local_K[:, None])[:, 0] - largest_K
-        sums_2K = torch.stack([exp_KV.sum(-1), logit_K.where(here_K, torch.zeros_like(logit_K))])
-        dist.all_reduce(sums_2K, group=group)
-        exp_KV.div_(sums_2K[0][:, None])
-        ctx.save_for_backward(exp_KV, local_K, here_K)
-        right_K = word_K == target_K
-        ctx.mark_non_differentiable(right_K)
-        return sums_2K[0].log() - sums_2K[1], right_K
-
-    @staticmethod
-    def backward(ctx, grad_K: Tensor, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        probability_KV, local_K, here_K = ctx.saved_tensors
-        grad_KV = probability_KV.scatter_add(1, local_K[:, None], -here_K.to(probability_KV.dtype)[:, None])
-        return grad_KV.mul_(grad_K[:, None]), None, None, None, None
 
 
 def partial_parameters(model: nn.Module, topology: Topology) -> list[tuple[nn.Module, str]]:

@@ -10,7 +10,6 @@ from kernels.masked_text_loss import (
     Scale,
     TextLoss,
     masked_text_loss,
-    masked_text_loss_definition,
     to_gradient,
 )
 
@@ -184,9 +183,3 @@ def test_rows_past_2_to_the_31_elements(path: str):
     exact_KV = start_KV.double().softmax(-1) - torch.eye(8, device=path, dtype=torch.float64)[target_K]
     to_gradient(logits_KV, target_K, start_KV.float().logsumexp(-1), 0, 8, Scale(0.0, 0.0, 8))
     torch.testing.assert_close(logits_KV.double(), exact_KV, rtol=2**-8, atol=2**-10)
-
-
-def test_definition_is_the_same_function():
-    *leaves, target_K = drawn((7, 24, 33), "cpu")
-    found = masked_text_loss_definition(*leaves, target_K, 0.1, 1e-2)
-    check(found, leaves, target_K, (0.1, 1e-2), {"rtol": 1e-4, "atol": 1e-5})

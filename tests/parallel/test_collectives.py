@@ -172,8 +172,8 @@ def vocabulary(vocab_size: int, num_words: int) -> tuple[Tensor, ...]:
         head.weight.copy_(padded[mine])
         words.weight.copy_(padded[mine])
         head.bias.copy_(F.pad(bias, (0, 2 * rows - vocab_size))[mine])
-    nats, right = head.cross_entropy(x, target)
-    (nats * torch.arange(num_words)).sum().backward()
+    loss = head.cross_entropy(x, target)
+    (loss.loss_K * torch.arange(num_words)).sum().backward()
     assert x.grad is not None
     assert head.weight.grad is not None
     looked_up = words(target)
@@ -181,7 +181,7 @@ def vocabulary(vocab_size: int, num_words: int) -> tuple[Tensor, ...]:
     with torch.no_grad():
         logits = head(x)
     gradients = head.weight.grad, words.weight.grad
-    return nats.detach(), right, x.grad, gradients[0], logits, looked_up.detach(), gradients[1]  # pyright: ignore
+    return loss.nats_K, loss.right_K, x.grad, gradients[0], logits, looked_up.detach(), gradients[1]  # pyright: ignore
 
 
 @pytest.mark.parametrize(("vocab_size", "num_words"), [(40, 7), (16, 1), (33, 9), (17, 0), (9, 5)])

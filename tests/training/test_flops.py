@@ -51,9 +51,21 @@ def feed_forward_backward_flop(grad_shape, x_shape, z_shape, *args, out_shape=No
     return 8 * math.prod(x_shape) * z_shape[-1]
 
 
+def word_loss_flop(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    """(K, D) x (V, D)."""
+    return 2 * x_shape[0] * math.prod(weight_shape)
+
+
+def word_loss_backward_flop(grad_shape, x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    """Of x and of the weight."""
+    return 4 * x_shape[0] * math.prod(weight_shape)
+
+
 def counted(run) -> int:
     """What torch counts, attention written out as matrix products."""
     mapping = {
+        torch.ops.eve_kernels.masked_text_loss: word_loss_flop,
+        torch.ops.eve_kernels.masked_text_loss_backward: word_loss_backward_flop,
         torch.ops.eve_kernels.expert_feed_forward: feed_forward_flop,
         torch.ops.eve_kernels.expert_feed_forward_backward: feed_forward_backward_flop,
     }
