@@ -1,0 +1,97 @@
+"""The table of official layouts that can be imported, and what importing one gives.
+
+tools/convert_checkpoint.py and tools/verify_import.py both go through `import_state`. A further layout is a
+module with a FORMAT, and a line in FORMATS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from eve.config import Model
+from eve.conversion.foreign import beit, vlmo
+from eve.conversion.foreign.format import Format
+from eve.conversion.foreign.names import Names
+from eve.errors import UserError
+from eve.model import VisionLanguageModel, build_model, parameter_shapes
+
+FORMATS: dict[str, Format] = {
+    "vlmo": vlmo.FORMAT,
+    "beit": beit.FORMAT,
+    "beit2": beit.FORMAT_2,
+}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Weights of another project as a model of ours.
+
+    Attributes:
+        model: its own architecture.
+        weights: of this model, by name, in fp32; NaN where a name was missing and ignored.
+        heads: of tasks, by name; a model of ours has none.
+    """
+
+    model: Model
+    weights: dict[str, Tensor]
+    heads: dict[str, nn.Module]
+
+    @property
+    def lacking(self) -> list[str]:
+        """Parameters of `model` that the source does not have, or has no value for."""
+        have = {name for name, tensor in self.weights.items() if not bool(tensor.isnan().any())}
+        return [name for name in parameter_shapes(self.model) if name not in have]
+
+    @torch.no_grad()
+    def build(self, seed: int = 0) -> VisionLanguageModel:
+        """The model in evaluation mode; what the source lacks is what a run of that seed starts with."""
+        model = build_model(self.model, seed)
+        for name, parameter in model.named_parameters():
+            if name in self.weights:
+                parameter.copy_(fill(self.weights[name], parameter))
+        return model.eval()
+
+
+def fill(weight: Tensor, initial: Tensor) -> Tensor:
+    """`weight`, where it is NaN `initial`."""
+    return torch.where(weight.isnan(), initial, weight)
+
+
+def import_state(
+    state: Mapping[str, Tensor],
+    name: str,
+    sizes: Mapping[str, Any] | None = None,
+    *,
+    ignore: Sequence[str] = (),
+    where: str = "the checkpoint",
+) -> Imported:
+    """The model that an official state is of.
+
+    `sizes` say what its names and shapes do not (Format.sizes). Raises UserError for names that are unknown
+    or missing, but for patterns in `ignore`, and for shapes that do not fit together.
+    """
+    form = FORMATS[name]
+    for key in sizes or {}:
+        if key not in form.sizes:
+            raise UserError(f"{key} is no size of the format {name}; those are {', '.join(form.sizes)}")
+    names = Names(state, where, ignore)
+    tree = form.read_model(names, {**form.sizes, **(sizes or {})})
+    try:
+        model = Model.model_validate(tree)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where} is not a model of ours: {message}") from None
+    weights = form.weights(names, model)
+    heads = {} if form.heads is None else form.heads(names, model)
+    names.skip(*form.buffers)
+    names.check()
+    shapes = parameter_shapes(model)
+    for key, tensor in weights.items():
+        assert tensor.shape == shapes[key], f"{key}: {tuple(tensor.shape)}, expected {tuple(shapes[key])}"
+    return Imported(model, weights, heads)
