@@ -359,6 +359,9 @@ class Stream(Section):
     # Of the chosen tokens: share that becomes [MASK], share that becomes a random word; the rest stays.
     mask_share: float = Field(default=0.8, ge=0, le=1)
     random_share: float = Field(default=0.1, ge=0, le=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    # Of the squared logsumexp of the words' logits (ST-MoE, eq. 5): keeps them from drifting.
+    z_loss_weight: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> Stream:
