@@ -29,7 +29,9 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 def mix(seed: Tensor, counter: Tensor | int) -> Tensor:
     """A new int64 seed for each (seed, counter); the two broadcast."""
-    x = seed + (counter + 1) * _GOLDEN
+    # The product wraps in a tensor; of a Python number it is wrapped here.
+    step = (counter + 1) * _GOLDEN
+    x = seed + (step if isinstance(step, Tensor) else _signed(step % (1 << 64)))
     x = (x ^ _shift_right(x, 30)) * _MULTIPLIER_1
     x = (x ^ _shift_right(x, 27)) * _MULTIPLIER_2
     return x ^ _shift_right(x, 31)
@@ -43,3 +45,15 @@ def uniform(seed: Tensor, counter: Tensor | int) -> Tensor:
 def keep_scale(seed: Tensor, counter: Tensor | int, drop: float) -> Tensor:
     """1 / (1 - drop) with probability 1 - drop, else 0: what dropout multiplies by."""
     return (uniform(seed, counter) >= drop).to(torch.float32) / (1.0 - drop)
+
+
+def normal(seed: Tensor, counter: Tensor | int) -> Tensor:
+    """fp32 standard normal numbers, one for each (seed, counter); none is beyond 5.5."""
+    # The middles of 2^24 intervals of (-1, 1), which fp32 holds exactly; at the ends erfinv is infinite.
+    symmetric = uniform(seed, counter) * 2.0 - (1.0 - 2.0**-24)
+    return torch.erfinv(symmetric) * 2.0**0.5
+
+
+def gumbel(seed: Tensor, counter: Tensor | int) -> Tensor:
+    """fp32 standard Gumbel numbers, -log(-log(u)), one for each (seed, counter); from -2.9 to 16.7."""
+    return -torch.log(-torch.log(uniform(seed, counter).clamp_min(2.0**-25)))

@@ -3,7 +3,8 @@
 One launch over blocks of tokens. The scores are made again from the logits, which are all of size T E that is
 read (T E 4 bytes, and as many written); the counts of first choices by group come from forward.
 
-    weights     w_k = s_k / sum_j s_j over the kept choices: ds_k = (dw_k - sum_j dw_j w_j) / sum_j s_j
+    weights     w_k = s_k / sum_j s_j over the kept choices: ds_k = (dw_k - sum_j dw_j w_j) / sum_j s_j;
+                divided before drops, j runs over all choices, and the dw of dropped ones are 0
     balance     E / T_g^2 sum_e first_ge sum_t share_te: the share's gradient is E / T_g^2 first_ge
     z-loss      mean over the T_g tokens of l^2, l = logsumexp: 2 l softmax / T_g
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import CompileCase, divide_up, jit, tl, use_triton
-from kernels.routing_kernels import WARPS, tile_of, token_scores
+from kernels.routing_kernels import COMPILED_SHAPES, RENORMALISE, WARPS, choice_of, tile_of, token_scores
 
 EPSILON = 1.1920928955078125e-07  # fp32's: no division by less where all choices of a token were dropped
 
@@ -35,16 +36,18 @@ def route_backward_definition(
     first_GE: Tensor,
     tokens_G: Tensor,
     sigmoid: bool,
-    renormalise: bool,
+    renormalise: str,
 ) -> Tensor:
     score_TE, share_TE = scores(logits_TE, sigmoid)
-    raw_TK = score_TE.gather(1, expert_TK) * kept_TK
-    grad_raw_TK = grad_weight_TK
-    if renormalise:
-        sum_T1 = raw_TK.sum(-1, keepdim=True)
-        mean_T1 = (grad_weight_TK * raw_TK).sum(-1, keepdim=True) / sum_T1.clamp_min(EPSILON)
-        grad_raw_TK = (grad_weight_TK - mean_T1 * (sum_T1 >= EPSILON)) / sum_T1.clamp_min(EPSILON)
-    grad_score_TE = torch.zeros_like(score_TE).scatter_(1, expert_TK, grad_raw_TK * kept_TK)
+    grad_raw_TK = grad_weight_TK * kept_TK
+    if renormalise != "none":
+        raw_TK = score_TE.gather(1, expert_TK)
+        counted_TK = kept_TK if renormalise == "after_drops" else torch.ones_like(kept_TK)
+        sum_T1 = (raw_TK * counted_TK).sum(-1, keepdim=True)
+        mean_T1 = (grad_raw_TK * raw_TK).sum(-1, keepdim=True) / sum_T1.clamp_min(EPSILON)
+        grad_raw_TK = grad_raw_TK - mean_T1 * (sum_T1 >= EPSILON) * counted_TK
+        grad_raw_TK = grad_raw_TK / sum_T1.clamp_min(EPSILON)
+    grad_score_TE = torch.zeros_like(score_TE).scatter_(1, expert_TK, grad_raw_TK)
     num_experts = logits_TE.shape[1]
     grad_share_TE = ((num_experts * grad_balance_G / tokens_G.square())[:, None] * first_GE)[group_T]
     if sigmoid:
@@ -87,23 +90,23 @@ def route_backward_kernel(
     total_T = tl.zeros([BLOCK_T], tl.float32)
     product_T = tl.zeros([BLOCK_T], tl.float32)
     for k in tl.static_range(K):
-        expert_T = tl.load(expert + token_T * K + k, mask=inside_T, other=-1).to(tl.int32)
-        kept_T = tl.load(kept + token_T * K + k, mask=inside_T, other=0) != 0
-        mine_TE = (expert_T[:, None] == lane_E[None, :]) & kept_T[:, None]
-        raw_T = tl.sum(tl.where(mine_TE, score_TE, 0.0), axis=1)
-        total_T += raw_T
-        product_T += raw_T * tl.load(grad_weight + token_T * K + k, mask=inside_T, other=0.0)
+        expert_T, kept_T = choice_of(expert, kept, token_T, inside_T, k, K)
+        chosen_TE = expert_T[:, None] == lane_E[None, :]
+        raw_T = tl.sum(tl.where(chosen_TE, score_TE, 0.0), axis=1)
+        total_T += tl.where(kept_T, raw_T, 0.0) if RENORMALISE == 2 else raw_T
+        product_T += raw_T * tl.load(grad_weight + token_T * K + k, mask=kept_T, other=0.0)
     divisor_T = tl.maximum(total_T, epsilon)
     mean_T = tl.where(total_T >= epsilon, product_T / divisor_T, 0.0)
     grad_score_TE = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     for k in tl.static_range(K):
-        expert_T = tl.load(expert + token_T * K + k, mask=inside_T, other=-1).to(tl.int32)
-        kept_T = tl.load(kept + token_T * K + k, mask=inside_T, other=0) != 0
-        grad_T = tl.load(grad_weight + token_T * K + k, mask=inside_T, other=0.0)
-        if RENORMALISE:
+        expert_T, kept_T = choice_of(expert, kept, token_T, inside_T, k, K)
+        grad_T = tl.load(grad_weight + token_T * K + k, mask=kept_T, other=0.0)
+        if RENORMALISE == 1:
             grad_T = (grad_T - mean_T) / divisor_T
-        mine_TE = (expert_T[:, None] == lane_E[None, :]) & kept_T[:, None]
-        grad_score_TE += tl.where(mine_TE, grad_T[:, None], 0.0)
+        if RENORMALISE == 2:
+            grad_T = tl.where(kept_T, grad_T - mean_T, 0.0) / divisor_T
+        chosen_TE = expert_T[:, None] == lane_E[None, :]
+        grad_score_TE += tl.where(chosen_TE, grad_T[:, None], 0.0)
     group_T = tl.load(group + token_T, mask=inside_T, other=0).to(tl.int64)
     tokens_T = tl.load(token_counts + group_T, mask=inside_T, other=1.0)
     scale_T = E * tl.load(grad_balance + group_T, mask=inside_T, other=0.0) / (tokens_T * tokens_T)
@@ -136,7 +139,7 @@ def route_backward(
     first_GE: Tensor,
     tokens_G: Tensor,
     sigmoid: bool,
-    renormalise: bool,
+    renormalise: str,
 ) -> Tensor:
     tensors = (
         grad_weight_TK, grad_balance_G, grad_z_loss_G, logits_TE, group_T, expert_TK, kept_TK, first_GE,
@@ -149,7 +152,7 @@ def route_backward(
     tile = tile_of(num_experts)
     route_backward_kernel[(divide_up(num_tokens, tile["BLOCK_T"]),)](
         *(tensor.contiguous() for tensor in tensors), grad_TE, num_tokens, EPSILON, E=num_experts,
-        K=expert_TK.shape[1], SIGMOID=sigmoid, RENORMALISE=renormalise, **tile, num_warps=WARPS,
+        K=expert_TK.shape[1], SIGMOID=sigmoid, RENORMALISE=RENORMALISE[renormalise], **tile, num_warps=WARPS,
     )  # fmt: skip
     return grad_TE
 
@@ -161,7 +164,7 @@ def _(grad_weight_TK, grad_balance_G, grad_z_loss_G, logits_TE, *others) -> Tens
 
 def _compile_cases() -> list[CompileCase]:
     cases = []
-    for num_experts, k, sigmoid in ((8, 2, False), (32, 2, False), (64, 1, True)):
+    for num_experts, k, sigmoid in COMPILED_SHAPES:
         types = {"grad_weight": "*fp32", "grad_balance": "*fp32", "grad_z_loss": "*fp32", "logits": "*fp32"}
         types |= {"group": "*i64", "expert": "*i64", "kept": "*i1", "first_counts": "*fp32"}
         types |= {"token_counts": "*fp32", "grad": "*fp32", "num_tokens": "i32", "epsilon": "fp32"}
@@ -169,7 +172,7 @@ def _compile_cases() -> list[CompileCase]:
             "E": num_experts,
             "K": k,
             "SIGMOID": sigmoid,
-            "RENORMALISE": True,
+            "RENORMALISE": 2,
             **tile_of(num_experts),
         }
         name = f"route, backward E={num_experts} K={k}"

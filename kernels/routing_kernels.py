@@ -1,4 +1,4 @@
-"""The kernels of kernels/routing.py: choose, fit, place. Dataflow and suffixes as there.
+"""Kernels of kernels/routing.py: choose and place. Dataflow and suffixes as there.
 
 Tables between the launches, for B blocks of BLOCK_T tokens:
     group_counts  int32 (B, G, K, E)  choices of a block's tokens; written for the groups lo..hi of the block
@@ -14,6 +14,8 @@ from __future__ import annotations
 from kernels.backend import CompileCase, jit, power_of_2, tl
 
 WARPS = 8
+# A token's weights are divided by: nothing, the sum over its choices, the sum over those that are kept.
+RENORMALISE = {"none": 0, "before_drops": 1, "after_drops": 2}
 
 
 def tile_of(num_experts: int) -> dict[str, int]:
@@ -36,8 +38,7 @@ def choose_kernel(
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0).to(tl.int64)
-    token_T = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    inside_T = token_T < num_tokens
+    token_T, inside_T, own_T = tokens_of(block, num_tokens, begin, end, BLOCK_T)
     lane_E = tl.arange(0, BLOCK_E)
     place_TE = token_T[:, None] * E + lane_E[None, :]
     tile_TE = inside_T[:, None] & (lane_E < E)[None, :]
@@ -51,7 +52,6 @@ def choose_kernel(
     hi = tl.max(group_T)
     tl.store(ranges + block * 2, lo)
     tl.store(ranges + block * 2 + 1, hi)
-    own_T = (token_T >= begin) & (token_T < end)
     square_T = tl.where(inside_T, logsumexp_T * logsumexp_T, 0.0)
     for g in range(lo, hi + 1):
         of_group_T = group_T == g
@@ -60,10 +60,10 @@ def choose_kernel(
         tl.store(scalar_sums + block * (num_groups + 1) + g, tl.sum(tl.where(of_group_T, square_T, 0.0)))
 
     rank_TE = logits_TE
-    if noise is not None:
-        rank_TE += tl.load(noise + place_TE, mask=tile_TE, other=0.0)
     free_TE = tile_TE
     for k in tl.static_range(K):
+        if noise is not None and k == 1:
+            rank_TE += tl.load(noise + place_TE, mask=tile_TE, other=0.0)
         # The largest of those not chosen; a NaN is never equal, and then the last expert is taken.
         best_T = tl.max(tl.where(free_TE, rank_TE, float("-inf")), axis=1)
         is_best_TE = free_TE & (rank_TE == best_T[:, None])
@@ -80,14 +80,45 @@ def choose_kernel(
             count_E = tl.sum((chosen_TE & (group_T == g)[:, None]).to(tl.int32), axis=0)
             place_E = ((block * num_groups + g) * K + k) * E + lane_E
             tl.store(group_counts + place_E, count_E, mask=lane_E < E)
-    modality_T = tl.zeros([BLOCK_T], tl.int32)
-    if modality is not None:
-        modality_T = tl.load(modality + token_T, mask=inside_T, other=0).to(tl.int32)
+    modality_T = modalities_of(modality, token_T, inside_T, BLOCK_T)
     for m in tl.static_range(M):
         taken_TE = tile_TE & ~free_TE & (modality_T == m)[:, None]
         place_E = (block * M + m) * (E + 1) + lane_E
         tl.store(tallies + place_E, tl.sum(taken_TE.to(tl.int32), axis=0), mask=lane_E < E)
         tl.store(tallies + (block * M + m) * (E + 1) + E, 0)
+
+
+@jit
+def tokens_of(block, num_tokens, begin, end, BLOCK_T: tl.constexpr):
+    """The tokens of a block, which of them there are, and which are own."""
+    token_T = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    return token_T, token_T < num_tokens, (token_T >= begin) & (token_T < end)
+
+
+@jit
+def modalities_of(modality, token_T, inside_T, BLOCK_T: tl.constexpr):
+    modality_T = tl.zeros([BLOCK_T], tl.int32)
+    if modality is not None:
+        modality_T = tl.load(modality + token_T, mask=inside_T, other=0).to(tl.int32)
+    return modality_T
+
+
+@jit
+def choice_of(expert, kept, token_T, inside_T, k, K: tl.constexpr):
+    """Expert of the k-th choice of each token, and whether it is kept (`kept` None: all are)."""
+    expert_T = tl.load(expert + token_T * K + k, mask=inside_T, other=-1).to(tl.int32)
+    kept_T = inside_T
+    if kept is not None:
+        kept_T = tl.load(kept + token_T * K + k, mask=inside_T, other=0) != 0
+    return expert_T, kept_T
+
+
+@jit
+def groups_overlap(ranges, block_B, there_B, lo, hi):
+    """Of blocks, which hold a token of one of the groups lo..hi."""
+    first_B = tl.load(ranges + block_B * 2, mask=there_B, other=0)
+    last_B = tl.load(ranges + block_B * 2 + 1, mask=there_B, other=-1)
+    return there_B & (first_B <= hi) & (last_B >= lo)
 
 
 @jit
@@ -107,61 +138,13 @@ def token_scores(logits_TE, tile_TE, inside_T, SIGMOID: tl.constexpr):
 
 
 @jit
-def fit_kernel(
-    group, modality, expert, capacity, group_counts, ranges, kept, counts, tallies,
-    num_tokens, num_groups, num_blocks, begin, end,
-    E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64)
-    token_T = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    inside_T = token_T < num_tokens
-    own_T = (token_T >= begin) & (token_T < end)
-    lane_E = tl.arange(0, BLOCK_E)
-    group_T = tl.load(group + token_T, mask=inside_T, other=-1).to(tl.int32)
-    capacity_T = tl.load(capacity + group_T, mask=inside_T, other=0)
-    lo, hi = tl.load(ranges + block * 2), tl.load(ranges + block * 2 + 1)
-    dropped_T = tl.zeros([BLOCK_T], tl.int32)
-    for k in tl.static_range(K):  # pyright: ignore
-        expert_T = tl.load(expert + token_T * K + k, mask=inside_T, other=-1).to(tl.int32)
-        chosen_TE = expert_T[:, None] == lane_E[None, :]
-        place_T = tl.zeros([BLOCK_T], tl.int32)
-        for g in range(lo, hi + 1):
-            ahead_E = tl.zeros([BLOCK_E], tl.int32)  # choices of this group in the queue before this block
-            for first in range(0, num_blocks, BLOCK_B):
-                block_B = (first + tl.arange(0, BLOCK_B)).to(tl.int64)
-                there_B = block_B < num_blocks
-                there_B = there_B & (tl.load(ranges + block_B * 2, mask=there_B, other=0) <= g)
-                there_B = there_B & (tl.load(ranges + block_B * 2 + 1, mask=there_B, other=-1) >= g)
-                for other in tl.static_range(k + 1):
-                    mask_B = there_B if other < k else there_B & (block_B < block)
-                    place_BE = (((block_B * num_groups + g) * K + other) * E)[:, None] + lane_E[None, :]
-                    mask_BE = mask_B[:, None] & (lane_E < E)[None, :]
-                    ahead_E += tl.sum(tl.load(group_counts + place_BE, mask=mask_BE, other=0), axis=0)
-            mine_TE = (chosen_TE & (group_T == g)[:, None]).to(tl.int32)
-            queue_TE = tl.cumsum(mine_TE, axis=0) - 1 + ahead_E[None, :]
-            place_T += tl.sum(tl.where(mine_TE > 0, queue_TE, 0), axis=1)
-        kept_T = inside_T & (place_T < capacity_T)
-        dropped_T += (inside_T & ~kept_T).to(tl.int32)
-        tl.store(kept + token_T * K + k, kept_T, mask=inside_T)
-        count_E = tl.sum((chosen_TE & (kept_T & own_T)[:, None]).to(tl.int32), axis=0)
-        tl.store(counts + (block * K + k) * E + lane_E, count_E, mask=lane_E < E)
-    modality_T = tl.zeros([BLOCK_T], tl.int32)
-    if modality is not None:
-        modality_T = tl.load(modality + token_T, mask=inside_T, other=0).to(tl.int32)
-    for m in tl.static_range(M):
-        dropped = tl.sum(tl.where(modality_T == m, dropped_T, 0))
-        tl.store(tallies + (block * M + m) * (E + 1) + E, dropped)
-
-
-@jit
 def place_kernel(
     expert, score, kept, counts, group_counts, share_sums, scalar_sums, ranges, tallies,
     weight, token_row, row_token, offsets, balance, z_loss, entropy, first_counts, token_counts,
     choices, drops,
     num_tokens, num_groups, num_blocks, begin, end, num_rows, rows_each, epsilon,
     E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, ALIGN: tl.constexpr, RENORMALISE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr,
+    BALANCED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     if program < num_blocks:
@@ -173,7 +156,7 @@ def place_kernel(
     else:
         sum_losses(
             program - num_blocks, group_counts, share_sums, scalar_sums, ranges, balance, z_loss, entropy,
-            first_counts, token_counts, num_groups, num_blocks, E, K, BLOCK_E, BLOCK_B,
+            first_counts, token_counts, num_groups, num_blocks, E, K, BALANCED, BLOCK_E, BLOCK_B,
         )  # fmt: skip
         if program == num_blocks:
             sum_tallies(tallies, choices, drops, num_blocks, E, M, BLOCK_E, BLOCK_B)
@@ -187,9 +170,7 @@ def place_rows(
     BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     lane_E = tl.arange(0, BLOCK_E)
-    token_T = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    inside_T = token_T < num_tokens
-    own_T = (token_T >= begin) & (token_T < end)
+    token_T, inside_T, own_T = tokens_of(block, num_tokens, begin, end, BLOCK_T)
     count_E = tl.zeros([BLOCK_E], tl.int32)
     for k in tl.static_range(K):
         count_E += sum_blocks(counts, block, num_blocks, k, K, E, BLOCK_E, BLOCK_B)[1]
@@ -200,17 +181,13 @@ def place_rows(
     ahead_E = end_E - room_E
     total_T = tl.zeros([BLOCK_T], tl.float32)
     for k in tl.static_range(K):
-        kept_T = inside_T
-        if kept is not None:
-            kept_T = tl.load(kept + token_T * K + k, mask=inside_T, other=0) != 0
-        total_T += tl.where(kept_T, tl.load(score + token_T * K + k, mask=inside_T, other=0.0), 0.0)
+        _, kept_T = choice_of(expert, kept, token_T, inside_T, k, K)
+        counted_T = inside_T if RENORMALISE == 1 else kept_T
+        total_T += tl.load(score + token_T * K + k, mask=counted_T, other=0.0)
     for k in tl.static_range(K):
-        expert_T = tl.load(expert + token_T * K + k, mask=inside_T, other=-1).to(tl.int32)
-        kept_T = inside_T
-        if kept is not None:
-            kept_T = tl.load(kept + token_T * K + k, mask=inside_T, other=0) != 0
-        score_T = tl.where(kept_T, tl.load(score + token_T * K + k, mask=inside_T, other=0.0), 0.0)
-        if RENORMALISE:
+        expert_T, kept_T = choice_of(expert, kept, token_T, inside_T, k, K)
+        score_T = tl.load(score + token_T * K + k, mask=kept_T, other=0.0)
+        if RENORMALISE != 0:
             score_T = score_T / tl.maximum(total_T, epsilon)
         tl.store(weight + token_T * K + k, score_T, mask=inside_T)
         placed_T = kept_T & own_T
@@ -255,7 +232,7 @@ def sum_blocks(counts, block, num_blocks, k, K: tl.constexpr, E: tl.constexpr, B
 def sum_losses(
     g, group_counts, share_sums, scalar_sums, ranges, balance, z_loss, entropy, first_counts, token_counts,
     num_groups, num_blocks,
-    E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, BALANCED: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     lane_E = tl.arange(0, BLOCK_E)
     first_BE = tl.zeros([BLOCK_B, BLOCK_E], tl.int32)
@@ -266,17 +243,16 @@ def sum_losses(
         block_B = (start + tl.arange(0, BLOCK_B)).to(tl.int64)
         there_B = block_B < num_blocks
         entropy_B += tl.load(scalar_sums + block_B * (num_groups + 1) + num_groups, mask=there_B, other=0.0)
-        there_B = there_B & (tl.load(ranges + block_B * 2, mask=there_B, other=0) <= g)
-        there_B = there_B & (tl.load(ranges + block_B * 2 + 1, mask=there_B, other=-1) >= g)
+        there_B = groups_overlap(ranges, block_B, there_B, g, g)
         place_B = block_B * num_groups + g
         mask_BE = there_B[:, None] & (lane_E < E)[None, :]
-        first_BE += tl.load(
-            group_counts + (place_B * K * E)[:, None] + lane_E[None, :], mask=mask_BE, other=0
-        )
+        for k in tl.static_range(BALANCED):
+            place_BE = ((place_B * K + k) * E)[:, None] + lane_E[None, :]
+            first_BE += tl.load(group_counts + place_BE, mask=mask_BE, other=0)
         share_BE += tl.load(share_sums + (place_B * E)[:, None] + lane_E[None, :], mask=mask_BE, other=0.0)
         square_B += tl.load(scalar_sums + block_B * (num_groups + 1) + g, mask=there_B, other=0.0)
-    first_E = tl.sum(first_BE, axis=0).to(tl.float32)
-    tokens = tl.maximum(tl.sum(first_E), 1.0)  # each has one first choice
+    first_E = tl.sum(first_BE, axis=0).to(tl.float32) / BALANCED
+    tokens = tl.maximum(tl.sum(first_BE).to(tl.float32) / BALANCED, 1.0)
     tl.store(first_counts + g * E + lane_E, first_E, mask=lane_E < E)
     tl.store(token_counts + g, tokens)
     tl.store(balance + g, E * tl.sum(first_E * tl.sum(share_BE, axis=0)) / (tokens * tokens))
@@ -303,69 +279,47 @@ def sum_tallies(tallies, choices, drops, num_blocks, E: tl.constexpr, M: tl.cons
         tl.store(drops + m, tl.sum(dropped_B))
 
 
+TABLES = {
+    "group_counts": "*i32",
+    "counts": "*i32",
+    "share_sums": "*fp32",
+    "scalar_sums": "*fp32",
+    "ranges": "*i32",
+    "tallies": "*i32",
+}
+CHOICES = {"expert": "*i64", "score": "*fp32", "kept": "*i1"}
+SIZES = dict.fromkeys(("num_tokens", "num_groups", "num_blocks", "begin", "end"), "i32")
+COMPILED_SHAPES = ((8, 2, False), (32, 2, False), (64, 1, True))  # experts, choices, sigmoid
+
+
 def _compile_cases() -> list[CompileCase]:
-    indices = {"group": "*i64", "expert": "*i64"}
-    tables = {"group_counts": "*i32", "share_sums": "*fp32", "scalar_sums": "*fp32", "ranges": "*i32"}
-    tables["tallies"] = "*i32"
     losses = dict.fromkeys(("balance", "z_loss", "entropy", "first_counts", "token_counts"), "*fp32")
-    sizes = {"num_tokens": "i32", "num_groups": "i32", "num_blocks": "i32", "begin": "i32", "end": "i32"}
+    tokens = {"logits": "*fp32", "group": "*i64", "modality": "*i64"}
+    placed = {
+        **CHOICES, **TABLES, **losses, **SIZES, "weight": "*fp32", "token_row": "*i64", "row_token": "*i64",
+        "offsets": "*i32", "choices": "*i64", "drops": "*i64", "num_rows": "i32", "rows_each": "i32",
+        "epsilon": "fp32",
+    }  # fmt: skip
+    dropless = {name: kind for name, kind in placed.items() if name != "kept"}
+    sizes = {name: kind for name, kind in SIZES.items() if name != "num_blocks"}
     cases = []
-    for num_experts, k, sigmoid in ((8, 2, False), (32, 2, False), (64, 1, True)):
-        shape = {"E": num_experts, "K": k, **tile_of(num_experts)}
-        pair = {"M": 2}
-        blocks, soft = blocks_of(num_experts), {"SIGMOID": sigmoid}
-        name = f"E={num_experts} K={k}"
-
-        def case(what, kernel, types, constants, name=name, shape=shape):
-            return CompileCase(
-                f"route, {what} {name}", kernel, types, {**constants, **shape}, num_warps=WARPS
-            )
-
-        cases += [
-            case(
-                "choose",
+    for num_experts, k, sigmoid in COMPILED_SHAPES:
+        shape = {"E": num_experts, "K": k, "M": 2, **tile_of(num_experts)}
+        weights = {"RENORMALISE": 2, "BALANCED": 1, **shape, **blocks_of(num_experts)}
+        soft = {"SIGMOID": sigmoid, **shape}
+        for what, kernel, types, constants in (
+            ("choose", choose_kernel, {**tokens, **CHOICES, **TABLES, **sizes}, {"noise": None, **soft}),
+            (
+                "choose, noise",
                 choose_kernel,
-                {"logits": "*fp32", **indices, "modality": "*i64", "score": "*fp32", "kept": "*i1"}
-                | {"counts": "*i32", **tables}
-                | {name: kind for name, kind in sizes.items() if name != "num_blocks"},
-                {"noise": None, **soft, **pair},
+                {**tokens, "noise": "*fp32", **CHOICES, **TABLES, **sizes},
+                soft,
             ),
-            case(
-                "fit",
-                fit_kernel,
-                {**indices, "modality": "*i64", "capacity": "*i64", "group_counts": "*i32", "ranges": "*i32"}
-                | {"kept": "*i1", "counts": "*i32", "tallies": "*i32", **sizes},
-                {**blocks, **pair},
-            ),
-            case(
-                "place",
-                place_kernel,
-                {"expert": "*i64", "score": "*fp32", "kept": "*i1", "counts": "*i32", **tables, **losses}
-                | {"weight": "*fp32", "token_row": "*i64", "row_token": "*i64", "offsets": "*i32", **sizes}
-                | {
-                    "choices": "*i64",
-                    "drops": "*i64",
-                    "num_rows": "i32",
-                    "rows_each": "i32",
-                    "epsilon": "fp32",
-                },
-                {"ALIGN": 8, "RENORMALISE": True, **blocks, **pair},
-            ),
-            case(
-                "place, dropless",
-                place_kernel,
-                {"expert": "*i64", "score": "*fp32", "counts": "*i32", **tables, **losses}
-                | {"weight": "*fp32", "token_row": "*i64", "row_token": "*i64", "offsets": "*i32", **sizes}
-                | {
-                    "choices": "*i64",
-                    "drops": "*i64",
-                    "num_rows": "i32",
-                    "rows_each": "i32",
-                    "epsilon": "fp32",
-                },
-                {"kept": None, "ALIGN": 1, "RENORMALISE": True, **blocks, **pair},
-            ),
-        ]
+            ("place", place_kernel, placed, {"ALIGN": 8, **weights}),
+            ("place, dropless", place_kernel, dropless, {"kept": None, "ALIGN": 1, **weights}),
+        ):
+            name = f"route, {what} E={num_experts} K={k}"
+            cases.append(CompileCase(name, kernel, types, constants, num_warps=WARPS))
     return cases
 
 

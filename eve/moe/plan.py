@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+# Fields of RouterStats: auxiliary losses without their weights.
+LOSSES = ("load_balance", "z_loss", "importance", "load")
+
 
 @dataclass(frozen=True)
 class RoutingPlan:
@@ -38,7 +41,9 @@ class RouterStats:
         dropped_M: int64, choices of each modality that found their expert full.
         tokens_M: int64, tokens of each modality.
         entropy: fp32 scalar, sum over tokens of the entropy of the gate in nats.
-        load_balance, z_loss: fp32 scalars, unweighted auxiliary losses.
+        load_balance, z_loss, importance, load: fp32 scalars, auxiliary losses without their weights; means
+            over the groups, and over the pools that hold tokens and more than one expert. The last two are 0
+            where the recipe gives them no weight.
     """
 
     layer: int
@@ -48,6 +53,8 @@ class RouterStats:
     entropy: Tensor
     load_balance: Tensor
     z_loss: Tensor
+    importance: Tensor
+    load: Tensor
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from eve.config import Recipe
 from eve.errors import UserError
-from eve.moe.plan import RouterStats
+from eve.moe.plan import LOSSES, RouterStats
 from eve.parallel.topology import Topology
 
 if TYPE_CHECKING:
@@ -207,16 +207,16 @@ def memory_gib(device: torch.device | str) -> float:
 
 
 def router_metrics(stats: Sequence[RouterStats]) -> dict[str, float]:
-    """For each layer, over all its calls: entropy per token in nats, load balance and z-loss (means over the
-    calls), and by modality the share of dropped choices and the largest load of an expert over the mean one
-    (1 is even, E is collapse)."""
+    """For each layer, over all its calls: entropy per token in nats, auxiliary losses (means over the calls),
+    and by modality the share of dropped choices and the largest load of an expert over the mean one (1 is
+    even, E is collapse)."""
     metrics: dict[str, float] = {}
     for layer, calls in sorted(_by_layer(stats).items()):
         name = f"router/layer_{layer:02d}"
         tokens = sum(int(call.tokens_M.sum()) for call in calls)
         metrics[f"{name}/entropy"] = sum(float(call.entropy) for call in calls) / max(tokens, 1)
-        metrics[f"{name}/load_balance"] = sum(float(call.load_balance) for call in calls) / len(calls)
-        metrics[f"{name}/z_loss"] = sum(float(call.z_loss) for call in calls) / len(calls)
+        for loss in LOSSES:
+            metrics[f"{name}/{loss}"] = sum(float(getattr(call, loss)) for call in calls) / len(calls)
         counts_ME, dropped_M = _totals(calls)
         for modality, choices_E in enumerate(counts_ME):
             choices = choices_E.sum()

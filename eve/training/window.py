@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eve.moe.plan import RouterStats
+from eve.moe.plan import LOSSES, RouterStats
 from eve.objectives import ObjectiveOutput
 from eve.parallel.topology import Topology
 
-ROUTER_FIELDS = ("counts_ME", "dropped_M", "tokens_M", "entropy", "load_balance", "z_loss")
+ROUTER_FIELDS = ("counts_ME", "dropped_M", "tokens_M", "entropy", *LOSSES)
 
 
 class Window:
@@ -79,13 +79,13 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
 
 
 def router_stats(sums: dict[str, Tensor]) -> list[RouterStats]:
-    """One for each layer: sums over the window, but the two losses, which are means over the calls."""
+    """One for each layer: sums over the window, but the losses, which are means over the calls."""
     layers = sorted({int(name.split("/")[1]) for name in sums if name.startswith("router/")})
     stats = []
     for layer in layers:
         fields = {name: sums[f"router/{layer}/{name}"] for name in ROUTER_FIELDS}
         calls = sums[f"router/{layer}/calls"]
-        for name in ("load_balance", "z_loss"):
+        for name in LOSSES:
             fields[name] = fields[name] / calls
         for name in ("counts_ME", "dropped_M", "tokens_M"):
             fields[name] = fields[name].long()

@@ -16,16 +16,33 @@ SHAPES = [  # tokens, experts, choices, groups
 ]
 
 
-def by_hand(logits, chosen_by, k, group, num_groups, capacity, align, begin, num_own):
-    """Choices, which are kept, offsets, rows: token by token."""
-    num_experts = logits.shape[1]
-    expert = [sorted(range(num_experts), key=lambda e: (-row[e], e))[:k] for row in chosen_by.tolist()]
-    taken, kept = {}, [[True] * k for _ in expert]
-    for choice in range(k):
-        for t, experts in enumerate(expert):
-            queue = (int(group[t]), experts[choice])
-            taken[queue] = taken.get(queue, 0) + 1
-            kept[t][choice] = capacity is None or taken[queue] <= int(capacity[queue[0]])
+def by_hand(logits, noise, score, k, group, capacity, order, priority, align, begin, num_own):
+    """Choices, which are kept, places, offsets, rows: token by token."""
+    num_experts, num_tokens = logits.shape[1], len(logits)
+    expert = []
+    for row, later in zip(
+        logits.tolist(), (logits if noise is None else logits + noise).tolist(), strict=True
+    ):
+        first = min(range(num_experts), key=lambda e: (-row[e], e))
+        rest = sorted(set(range(num_experts)) - {first}, key=lambda e: (-later[e], e))
+        expert.append([first, *rest][:k])
+
+    def before(choice, t):
+        of_choice, of_token = float(score[t, expert[t][choice]]), float(score[t, expert[t][0]])
+        rank = of_token if priority is None else float(priority[t])
+        return {
+            "sequence": (choice, t),
+            "priority": (choice, -rank, t),
+            "position": (t, choice),
+            "score": (-of_choice, t, choice),
+        }[order]
+
+    taken, kept, place = {}, [[True] * k for _ in expert], [[0] * k for _ in expert]
+    for choice, t in sorted(((c, t) for c in range(k) for t in range(num_tokens)), key=lambda x: before(*x)):
+        queue = (int(group[t]), expert[t][choice])
+        place[t][choice] = taken.get(queue, 0)
+        taken[queue] = place[t][choice] + 1
+        kept[t][choice] = capacity is None or taken[queue] <= int(capacity[queue[0]])
     own = range(begin, begin + num_own)
     rows = [
         [t for choice in range(k) for t in own if kept[t][choice] and expert[t][choice] == e]
@@ -38,25 +55,29 @@ def by_hand(logits, chosen_by, k, group, num_groups, capacity, align, begin, num
             row_token.append(t - begin)
         row_token += [-1] * (-len(tokens) % align)
         offsets.append(len(row_token))
-    return expert, kept, offsets, row_token, token_row
+    return expert, kept, place, offsets, row_token, token_row
 
 
-def differentiable(logits, expert, kept, group, num_groups, sigmoid, renormalise):
+def differentiable(logits, expert, kept, group, num_groups, sigmoid, renormalise, balance_all):
     """weight_TK, balance_G, z_loss_G and the entropy, in plain PyTorch."""
     k, num_experts = expert.shape[1], logits.shape[1]
     score = torch.sigmoid(logits) if sigmoid else torch.softmax(logits, -1)
     share = score / score.sum(-1, keepdim=True)
-    weight = torch.stack([score[torch.arange(len(score)), expert[:, c]] for c in range(k)], 1) * kept
-    if renormalise:
-        weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
+    raw = torch.stack([score[torch.arange(len(score)), expert[:, c]] for c in range(k)], 1)
+    weight = raw * kept
+    if renormalise != "none":
+        total = (raw if renormalise == "before_drops" else weight).sum(-1, keepdim=True)
+        weight = weight / total.clamp_min(torch.finfo(torch.float32).eps)
     balance, z_loss = [], []
     for g in range(num_groups):
         mine = group == g
         tokens = max(int(mine.sum()), 1)
-        first = torch.bincount(expert[mine, 0], minlength=num_experts)
-        balance.append(num_experts * (first / tokens * share[mine].sum(0) / tokens).sum())
+        counted = expert[mine] if balance_all else expert[mine, :1]
+        fraction = torch.bincount(counted.flatten(), minlength=num_experts) / (tokens * counted.shape[1])
+        balance.append(num_experts * (fraction * share[mine].sum(0) / tokens).sum())
         z_loss.append(torch.logsumexp(logits[mine], -1).square().sum() / tokens)
-    entropy = -(share * share.log()).sum()
+    possible = share > 0
+    entropy = -(share[possible] * share[possible].log()).sum()
     return weight, torch.stack(balance), torch.stack(z_loss), entropy
 
 
@@ -84,35 +105,54 @@ def tensors(shape, skew, grouping):
         ("raw", "runs"),  # weights that are not renormalised
         ("skew", "mixed"),  # all first choices are one expert
         ("noise", "runs"),
+        ("priority", "runs"),
+        ("priority", "mixed"),
+        ("given priority", "mixed"),  # with ties
+        ("position", "mixed"),
+        ("score", "runs"),
+        ("before_drops", "runs"),
+        ("impossible", "runs"),  # experts that some tokens cannot choose
+        ("balance of all", "mixed"),
     ],
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_a_loop_over_tokens(path, shape, grouping, settings):
     num_tokens, num_experts, k, num_groups = shape
     logits, group, generator = tensors(shape, settings == "skew", grouping)
-    noise = torch.randn(logits.shape, generator=generator) if settings == "noise" else None
-    capacity = None
-    if settings in ("capacity", "own", "skew", "raw"):
+    noise = 3 * torch.randn(logits.shape, generator=generator) if settings == "noise" else None
+    capacity, priority = None, None
+    if settings not in ("plain", "sigmoid", "noise", "balance of all"):
         even = num_tokens * k // (num_experts * num_groups)
         capacity = torch.tensor([max(1, even - g) for g in range(num_groups)])
+    if settings == "given priority":
+        priority = torch.randint(3, (num_tokens,), generator=generator).float()
+    if settings == "impossible" and num_experts > k:
+        logits[num_tokens // 2 :, : num_experts - k] = float("-inf")
+        logits[: num_tokens // 2, k:] = float("-inf")
+    order = settings if settings in ("priority", "position", "score") else "sequence"
+    order = "priority" if settings == "given priority" else order
     align = {"own": 8, "skew": 4}.get(settings, 1)
     modality = torch.arange(num_tokens) % 5 // 3 if grouping == "mixed" else None
     begin, num_own = (num_tokens // 3, num_tokens // 2) if settings == "own" else (0, num_tokens)
-    sigmoid, renormalise = settings == "sigmoid", settings != "raw"
+    sigmoid, balance_all = settings == "sigmoid", settings == "balance of all"
+    renormalise = {"raw": "none", "before_drops": "before_drops"}.get(settings, "after_drops")
 
     def run():
-        leaf = logits.to(path).requires_grad_()
+        leaf = logits.to(path, copy=True).requires_grad_()
         found = route(
             leaf,
             k,
             group_T=group.to(path),
             num_groups=num_groups,
-            capacity_G=None if capacity is None else capacity.to(path),
-            noise_TE=None if noise is None else noise.to(path),
             modality_T=None if modality is None else modality.to(path),
             num_modalities=1 if modality is None else 2,
+            capacity_G=None if capacity is None else capacity.to(path),
+            noise_TE=None if noise is None else noise.to(path),
+            priority_T=None if priority is None else priority.to(path),
+            order=order,
             sigmoid=sigmoid,
             renormalise=renormalise,
+            balance_all=balance_all,
             align=align,
             own=(begin, num_own),
         )
@@ -124,12 +164,13 @@ def test_equals_a_loop_over_tokens(path, shape, grouping, settings):
         torch.randn(shape, generator=generator) for shape in ((num_tokens, k), (num_groups,), (num_groups,))
     ]
     found, grad = run()
-    chosen_by = logits if noise is None else logits + noise
-    expert, kept, offsets, row_token, token_row = by_hand(
-        logits, chosen_by, k, group, num_groups, capacity, align, begin, num_own
+    score = torch.sigmoid(logits) if sigmoid else torch.softmax(logits, -1)
+    expert, kept, place, offsets, row_token, token_row = by_hand(
+        logits, noise, score, k, group, capacity, order, priority, align, begin, num_own
     )
     assert found.expert_TK.tolist() == expert
     assert found.kept_TK.tolist() == kept
+    assert found.place_TK.tolist() == ([] if capacity is None else place)
     assert found.offsets_E.tolist() == offsets
     assert found.offsets_E.dtype == torch.int32
     num_rows = num_own * k + num_experts * (align - 1)
@@ -148,7 +189,9 @@ def test_equals_a_loop_over_tokens(path, shape, grouping, settings):
     leaf = logits.double().requires_grad_()
     index = torch.tensor(expert, dtype=torch.int64).view(num_tokens, k)
     keep = torch.tensor(kept, dtype=torch.bool).view(num_tokens, k)
-    *outputs, entropy = differentiable(leaf, index, keep, group, num_groups, sigmoid, renormalise)
+    *outputs, entropy = differentiable(
+        leaf, index, keep, group, num_groups, sigmoid, renormalise, balance_all
+    )
     (expected,) = torch.autograd.grad(outputs, leaf, [tensor.double() for tensor in upstream])
     for one, other in zip(
         (found.weight_TK, found.balance_G, found.z_loss_G, found.entropy), (*outputs, entropy), strict=True
@@ -198,20 +241,9 @@ def test_compiles_whole_and_checkpoints(path):
 def test_registration(path):
     logits, group, _ = tensors((30, 5, 2, 3), False, "mixed")
     arguments = (
-        logits.to(path).requires_grad_(),
-        None,
-        group.to(path),
-        None,
-        3,
-        2,
-        False,
-        True,
-        4,
-        0,
-        30,
-        None,
-        1,
-    )
+        logits.to(path).requires_grad_(), None, group.to(path), None, None, None, 3, 2, 1, "sequence", False,
+        "after_drops", False, 4, 0, 30,
+    )  # fmt: skip
     # Its check of compilation adds up the outputs, which here are of several types.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.eve_kernels.route.default, arguments, test_utils=checks)

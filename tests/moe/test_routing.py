@@ -107,6 +107,7 @@ def layer(dispatcher=None, **settings):
         layer=0,
         activation="gelu",
         experts=ExpertBank,
+        hard_experts=ExpertBank,
         dispatcher=dispatcher or LocalDispatcher(),
         tokens=WholeTokens(),
     )
@@ -193,25 +194,35 @@ def test_routed_layer_equals_token_by_token(
     torch.testing.assert_close(output.aux_loss, expected_aux)
 
 
-@pytest.mark.parametrize("capacity_factor", [0.0, 0.7])
-def test_a_batch_may_be_cut_between_groups(capacity_factor):
+POOLS = {"experts_by_modality": (4, 3), "modality_vector": "none"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_experts": 4},
+        {"num_experts": 4, "capacity_factor": 0.7},
+        {"num_experts": 4, "capacity_factor": 0.7, "noise": "gumbel", "drop_order": "random"},
+        {"num_experts": 4, "noise": "gaussian", "load_weight": 0.1, "importance_weight": 0.2},
+        {**POOLS, "capacity_factor": 0.7, "drop_order": "priority"},
+        {**POOLS, "noise": "gaussian", "load_weight": (0.1, 0.0), "importance_weight": (0.2, 0.1)},
+    ],
+    ids=str,
+)
+def test_a_batch_may_be_cut_between_groups(settings):
     """Outputs, and the means of losses and of their gradients, are those of the whole batch."""
-    settings = {
-        "num_experts": 4,
-        "k": 2,
-        "group_size": 2,
-        "capacity_factor": capacity_factor,
-        "min_capacity": 1,
-    }
-    feed_forward = layer(**settings)
-    image, text = [5, 3, 0, 4, 6, 2], [2, 4, 7, 1, 0, 5]
-    x = torch.randn(39, 8, generator=torch.Generator().manual_seed(7))
+    feed_forward = layer(k=2, group_size=2, min_capacity=1, **settings)
+    image, text = [5, 3, 1, 4, 6, 2], [2, 4, 7, 1, 1, 5]
+    x = torch.randn(41, 8, generator=torch.Generator().manual_seed(7))
+    seeds = torch.arange(6) * 7919 + 11
     whole = TokenLayout.build(image, text)
 
     def run(samples):
         rows = torch.cat([torch.where(whole.sample_T == s)[0] for s in samples])
         rows = rows[torch.argsort(whole.modality_T[rows], stable=True)]
-        layout = TokenLayout.build([image[s] for s in samples], [text[s] for s in samples])
+        layout = TokenLayout.build(
+            [image[s] for s in samples], [text[s] for s in samples], seed_B=seeds[list(samples)]
+        )
         feed_forward.zero_grad()
         y, output = feed_forward(x[rows], layout)
         output.aux_loss.backward()
@@ -225,11 +236,12 @@ def test_a_batch_may_be_cut_between_groups(capacity_factor):
     parts = [run(samples) for samples in ([0, 1], [2, 3], [4, 5])]
     for row, value in {row: value for part in parts for row, value in part[0].items()}.items():
         torch.testing.assert_close(value, y[row], atol=1e-5, rtol=1e-5)
-    balances = torch.stack([part[1].stats.load_balance for part in parts])
-    torch.testing.assert_close(balances.mean(), output.stats.load_balance)
+    for loss in ("load_balance", "importance", "load"):
+        of_parts = torch.stack([getattr(part[1].stats, loss) for part in parts])
+        torch.testing.assert_close(of_parts.mean(), getattr(output.stats, loss))
     torch.testing.assert_close(torch.stack([part[2] for part in parts]).mean(0), gradient)
     assert sum(part[1].stats.dropped_M for part in parts).tolist() == output.stats.dropped_M.tolist()
-    assert bool(output.stats.dropped_M.sum()) == (capacity_factor > 0)
+    assert bool(output.stats.dropped_M.sum()) == ("capacity_factor" in settings)
 
 
 def test_load_balance_is_one_where_balanced_and_e_where_collapsed():

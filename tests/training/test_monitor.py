@@ -31,6 +31,8 @@ def stats_of(layer: int, counts_ME: list[list[int]], dropped_M=(0, 0), entropy=0
         dropped_M=torch.tensor(dropped_M),
         load_balance=torch.tensor(1.0),
         z_loss=torch.tensor(0.0),
+        importance=torch.tensor(0.0),
+        load=torch.tensor(0.0),
     )
 
 

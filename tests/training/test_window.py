@@ -22,6 +22,8 @@ def output(total: float, count: float) -> ObjectiveOutput:
         entropy=torch.tensor(2.0),
         load_balance=torch.tensor(1.5),
         z_loss=torch.tensor(0.5),
+        importance=torch.tensor(0.25),
+        load=torch.tensor(0.125),
     )
     return ObjectiveOutput(torch.zeros(()), {"loss": (torch.tensor(total), torch.tensor(count))}, [stats])
 
