@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from kernels.routing import Routing
+
 # Fields of RouterStats: auxiliary losses without their weights.
 LOSSES = ("load_balance", "z_loss", "importance", "load")
 
@@ -59,8 +61,17 @@ class RouterStats:
 
 @dataclass(frozen=True)
 class RouterOutput:
-    """`aux_loss`: weighted auxiliary losses of this layer, with gradient."""
+    """What a router made of its tokens.
+
+    Attributes:
+        plan: for the tokens that are dispatched here.
+        aux_loss: weighted auxiliary losses of this layer, with gradient.
+        logits_TE: fp32, of the gate for all tokens, without noise.
+        choices: of all tokens, dropped ones included.
+    """
 
     plan: RoutingPlan
     aux_loss: Tensor
     stats: RouterStats
+    logits_TE: Tensor
+    choices: Routing

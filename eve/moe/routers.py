@@ -88,8 +88,8 @@ class TopKRouter(nn.Module):
             noisy_TE, later_TE = logits_TE + noise_TE, None
         # Two pools: all groups of the image tokens, then all of the text tokens, as the tokens lie.
         queue_T = group_T if len(pools) == 1 else layout.modality_T * num_groups + group_T
-        priority_T = self._priority(layout)
-        drop_order = "sequence" if config.drop_order == "random" and priority_T is None else config.drop_order
+        capacity_G = self._capacity(queue_T, num_groups)
+        order, priority_T = ("sequence", None) if capacity_G is None else self._order(layout)
         own = slice(rows.begin, rows.begin + rows.num_image + rows.num_text)
         found = route(
             noisy_TE,
@@ -98,10 +98,10 @@ class TopKRouter(nn.Module):
             num_groups=num_groups * len(pools),
             modality_T=layout.modality_T,
             num_modalities=2,
-            capacity_G=self._capacity(queue_T, num_groups),
+            capacity_G=capacity_G,
             noise_TE=later_TE,
             priority_T=priority_T,
-            order="sequence" if drop_order == "sequence" else "priority",
+            order=order,
             renormalise="after_drops" if config.renormalise else "none",
             own=(own.start, own.stop - own.start),
         )
@@ -115,7 +115,7 @@ class TopKRouter(nn.Module):
             entropy=found.entropy,
             **{name: value.detach() for name, value in means.items()},
         )
-        return RouterOutput(plan, aux_loss, stats)
+        return RouterOutput(plan, aux_loss, stats, logits_TE, found)
 
     def noise(self, layout: TokenLayout) -> Tensor | None:
         """(T, E), the same for a token on any layout of the batch; None outside training."""
@@ -129,10 +129,17 @@ class TopKRouter(nn.Module):
         scale_E = torch.where(expert_E < config.pools[0], 1 / config.pools[0], 1 / config.pools[-1])
         return random.normal(seed_T1, expert_E) * (config.noise_std * scale_E)
 
-    def _priority(self, layout: TokenLayout) -> Tensor | None:
-        """(T,) of random order; None where the largest weight says it, or nothing does."""
+    def _order(self, layout: TokenLayout) -> tuple[str, Tensor | None]:
+        """Of the queues: `order` and `priority_T` of kernels.routing.route."""
+        if self.config.drop_order == "priority":
+            return "priority", None
         seed_T1 = self._seeds(layout) if self.config.drop_order == "random" else None
-        return None if seed_T1 is None else random.uniform(seed_T1, -1)[:, 0]
+        if seed_T1 is not None:
+            return "priority", random.uniform(seed_T1, -1)[:, 0]
+        if len(self.config.pools) == 1 and layout.num_image and layout.num_text:
+            # The batch in order is sample after sample, image before text; rows are all images first.
+            return "priority", -layout.unsorted_T.float()
+        return "sequence", None
 
     def _seeds(self, layout: TokenLayout) -> Tensor | None:
         """(T, 1): of (sample, layer, place of the token in its sample)."""

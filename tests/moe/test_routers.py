@@ -172,7 +172,10 @@ def test_orders_of_dropping():
 
     score_T, expert_T = torch.softmax(router_of(**settings)._logits(x_TD, layout.held), -1).max(-1)
     slots = math.ceil(0.5 * layout.num_tokens / 3)
-    for order, rank_T in (("priority", -score_T), ("sequence", torch.arange(layout.num_tokens).float())):
+    begins = [sum(IMAGE[:sample]) + sum(TEXT[:sample]) for sample in range(4)]
+    images = [begins[sample] + place for sample in range(4) for place in range(IMAGE[sample])]
+    texts = [begins[s] + IMAGE[s] + place for s in range(4) for place in range(TEXT[s])]
+    for order, rank_T in (("priority", -score_T), ("sequence", torch.tensor(images + texts).float())):
         for e in range(3):
             mine = torch.where(expert_T == e)[0]
             first = mine[torch.argsort(rank_T[mine], stable=True)][:slots]

@@ -16,19 +16,19 @@ from eve.tokens import WholeTokens
 from kernels.routing import route
 
 
-def slots_by_hand(choices, num_experts, groups, capacity):
-    """GShard: first choices of all tokens in order, then second ones; the expert refuses whose slots of the
-    token's group are full. (tokens of each expert, {(token, choice): (expert, place)})."""
+def kept_by_hand(choices, order, num_experts, groups, capacity):
+    """GShard: first choices of all tokens in `order`, then second ones; the expert refuses whose slots of the
+    token's group are full. {(token, choice)}."""
     taken = [[] for _ in range(num_experts)]
-    kept = {}
+    kept = set()
     for k in range(len(choices[0]) if choices else 0):
-        for t, experts in enumerate(choices):
-            e = experts[k]
+        for t in order:
+            e = choices[t][k]
             of_group = sum(groups[other] == groups[t] for other in taken[e])
             if capacity is None or of_group < capacity[groups[t]]:
-                kept[t, k] = (e, len(taken[e]))
+                kept.add((t, k))
                 taken[e].append(t)
-    return taken, kept
+    return kept
 
 
 def plan_within(logits_TE, k, capacity):
@@ -133,7 +133,10 @@ def layer_by_hand(feed_forward, x, layout):
             max(config.min_capacity, math.ceil(factor * config.k * groups.count(g) / config.num_experts))
             for g in range(max(groups) + 1)
         ]
-    _, kept = slots_by_hand(best.indices.tolist(), config.num_experts, groups, capacity)
+    # Sample after sample, image before text.
+    sample, modality = layout.sample_T.tolist(), layout.modality_T.tolist()
+    order = sorted(range(len(x)), key=lambda t: (sample[t], modality[t], t))
+    kept = kept_by_hand(best.indices.tolist(), order, config.num_experts, groups, capacity)
     out, dropped = [], 0
     for t in range(len(x)):
         weights = [best.values[t, k].item() * ((t, k) in kept) for k in range(config.k)]
