@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := runs/eve_tiny
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev check-python data pretrain evaluate test lint format tensorboard clean distclean
+.PHONY: help setup setup-dev check-python data pretrain evaluate test gpu lint format tensorboard clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ evaluate: setup  ## the table of held-out results of the last make pretrain
 
 test: setup-dev  ## all tests
 	@$(BIN)/python -m pytest
+
+gpu:  ## with a GPU: its tests, all kernels beside their peers, a step of EVE-Base; in runs/gpu
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tools.measure_gpu
 
 lint: setup-dev  ## ruff and pyright
 	@$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Side by side, in one run: what a training step costs, and what packing and the engine change of it.
 
-    python -m tools.benchmark_step [--recipe eve_tiny] [--batches 8] [--rounds 7] [--profile] [KEY=VALUE ...]
+    python -m tools.benchmark_step [--recipe eve_tiny] [--batches 8] [--rounds 7] [KEY=VALUE ...]
 
 engine   the step of `eve.pretrain`: DeepSpeed engine, unit counts, log windows, meters
 plain    the same model and batches in a plain PyTorch loop: forward, backward, clip, fused AdamW
@@ -8,25 +8,26 @@ padded   as plain, but as most code bases do it: texts padded to max_text_length
          in the encoder as tokens and are predicted from its output without a decoder
 
 Rounds alternate between the three, and ratios are taken round by round: the machine's noise falls on
-all alike. The batches are real: held-out shards of the recipe.
+all alike. The batches are real: held-out shards of the recipe. tools/profile_step.py shows where the time
+of a step goes.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import record_function
 
 from eve.config import Recipe, load_recipe
-from eve.data.batch import Batch, collate
+from eve.data.batch import Batch, Sample, collate
 from eve.data.loader import read_samples
 from eve.data.tokenizer import Tokenizer
 from eve.errors import UserError
@@ -43,20 +44,26 @@ from eve.training.stages import build_stage
 from eve.training.window import Window
 
 
-def real_batches(recipe: Recipe, tokenizer: Tokenizer, number: int) -> list[Batch]:
-    stage = recipe.stages[0]
-    maskings = {s.name: build_objective(s, recipe.model).masking(tokenizer) for s in stage.streams}
-    size = recipe.data.sources[stage.streams[0].source].batch_size
-    shards = next(iter(recipe.evaluation.shards.values()))
-    samples = read_samples(
-        shards,
+def held_out_samples(recipe: Recipe, tokenizer: Tokenizer) -> Iterator[Sample]:
+    """Of the first cell of the recipe's evaluation, masked for the first stage."""
+    if not recipe.evaluation.shards:
+        raise UserError("evaluation.shards is empty")
+    return read_samples(
+        next(iter(recipe.evaluation.shards.values())),
         image_size=recipe.model.image_size,
         max_text_length=recipe.model.max_text_length,
         tokenizer=tokenizer,
-        maskings=maskings,
+        maskings={
+            s.name: build_objective(s, recipe.model).masking(tokenizer) for s in recipe.stages[0].streams
+        },
         seed=recipe.seed,
         limit=None,
     )
+
+
+def real_batches(recipe: Recipe, tokenizer: Tokenizer, number: int) -> list[Batch]:
+    size = recipe.data.sources[recipe.stages[0].streams[0].source].batch_size
+    samples = held_out_samples(recipe, tokenizer)
     batches = []
     while len(batches) < number:
         chunk = list(islice(samples, size))
@@ -64,7 +71,7 @@ def real_batches(recipe: Recipe, tokenizer: Tokenizer, number: int) -> list[Batc
             break
         batches.append(collate(chunk))
     if not batches:
-        raise UserError(f"{shards} holds fewer than the {size} samples of one batch")
+        raise UserError(f"evaluation.shards hold fewer than the {size} samples of one batch")
     return [batches[i % len(batches)] for i in range(number)]
 
 
@@ -92,10 +99,16 @@ def engine_step(recipe: Recipe, topology: Topology, ds_path: str) -> Callable[[B
     return step
 
 
-def plain_step(recipe: Recipe, device: torch.device) -> Callable[[Batch], None]:
+def plain_step(
+    recipe: Recipe, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Callable[[Batch], None], nn.Module]:
+    """The step, and the module that it trains."""
     stage = recipe.stages[0]
     objectives = {s.name: build_objective(s, recipe.model) for s in stage.streams}
     module = PretrainModule(build_model(recipe.model, recipe.seed), objectives).to(device).train()
+    masters = None
+    if dtype != torch.float32:
+        masters, module = module, copy.deepcopy(module).to(dtype)
 
     def losses(batch: Batch) -> list[Callable[[], Tensor]]:
         return [
@@ -103,7 +116,7 @@ def plain_step(recipe: Recipe, device: torch.device) -> Callable[[Batch], None]:
             for s in stage.streams
         ]
 
-    return _loop(recipe, module, losses, device)
+    return _loop(recipe, module, losses, device, masters), module
 
 
 def padded_step(recipe: Recipe, device: torch.device) -> Callable[[Batch], None]:
@@ -160,21 +173,32 @@ def _loop(
     module: nn.Module,
     losses: Callable[[Batch], list[Callable[[], Tensor]]],
     device: torch.device,
+    masters: nn.Module | None = None,
 ) -> Callable[[Batch], None]:
+    """`masters`: the fp32 copy that the optimizer updates, where the module itself is of fewer bits."""
     unclipped = recipe.optimizer.model_copy(update={"clip": None})
-    optimizer = build_optimizer(module, unclipped, norm=None)
+    optimizer = build_optimizer(module if masters is None else masters, unclipped, norm=None)
     for group in optimizer.param_groups:
         group["lr"] = recipe.stages[0].lr
-    parameters = list(module.parameters())
+    parameters: list[Tensor] = list(module.parameters())
+    updated: list[Tensor] = parameters if masters is None else list(masters.parameters())
 
     def step(batch: Batch) -> None:
         batch = batch.to(device)
         for loss in losses(batch):
             loss().backward()
-        if recipe.optimizer.clip:
-            nn.utils.clip_grad_norm_(parameters, recipe.optimizer.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        with record_function("eve: optimizer"):
+            if masters is not None:
+                for parameter, master in zip(parameters, updated, strict=True):
+                    master.grad = None if parameter.grad is None else parameter.grad.float()
+                    parameter.grad = None
+            if recipe.optimizer.clip:
+                nn.utils.clip_grad_norm_(updated, recipe.optimizer.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if masters is not None:
+                with torch.no_grad():
+                    torch._foreach_copy_(parameters, updated)  # pyright: ignore  # pyright: ignore
 
     return step
 
@@ -196,24 +220,6 @@ def measure(
     return seconds
 
 
-def print_profile(step: Callable[[Batch], None], batches: list[Batch], device: torch.device) -> None:
-    """Where the time of the engine's step goes, by operator, largest share first."""
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    with profile(activities=kinds) as profiler:
-        for batch in batches:
-            step(batch)
-
-    def own_time(event: Any) -> float:
-        return event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-
-    events = sorted(profiler.key_averages(), key=own_time, reverse=True)
-    total = sum(own_time(event) for event in events)
-    print("\nthe engine's step by operator:")
-    for event in events[:16]:
-        share, calls = own_time(event) / total, event.count / len(batches)
-        print(f"{share:7.1%}  {event.key[:60]:60} {calls:6.0f} calls a step")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -222,7 +228,6 @@ def main() -> int:
     parser.add_argument("--deepspeed_config", default="ds_configs/zero0_fp32.json")
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--profile", action="store_true", help="also print where the time goes")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
     try:
@@ -231,7 +236,7 @@ def main() -> int:
         batches = real_batches(recipe, Tokenizer.load(recipe.data.tokenizer), options.batches)
         steps = {
             "engine": engine_step(recipe, topology, options.deepspeed_config),
-            "plain": plain_step(recipe, topology.device),
+            "plain": plain_step(recipe, topology.device)[0],
             "padded": padded_step(recipe, topology.device),
         }
     except UserError as error:
@@ -250,8 +255,6 @@ def main() -> int:
             f"{name:8} {median:8.3f} {size / median:8.1f} {statistics.median(ratios):8.3f}x"
             f"   ({min(ratios):.3f}..{max(ratios):.3f})"
         )
-    if options.profile:
-        print_profile(steps["engine"], batches, topology.device)
     return 0
 
 

@@ -129,6 +129,8 @@ def main(argv: list[str] | None = None) -> int:
         except ImportError:
             print("no kernels.png: matplotlib is not installed", file=sys.stderr)
     wrong = [row for rows in results for row in rows if (row.reason or "").startswith("WRONG")]
+    timed = sum(row.reason is None for rows in results for row in rows)
+    print(f"\n{len(results)} shapes, {timed} measurements, {len(wrong)} peers compute something else")
     for row in wrong:
         print(f"{row.case.operation}, {row.peer}: {row.reason}", file=sys.stderr)
     return 1 if wrong else 0
