@@ -44,7 +44,7 @@ def test_block_mask_is_clumped():
         return (grid[1:] & grid[:-1]).sum() + (grid[:, 1:] & grid[:, :-1]).sum()
 
     rng = generator()
-    blocks = np.mean([neighbours(block_patches(14, 75, rng)) for _ in range(200)])
+    blocks = np.mean([neighbours(block_patches((14, 14), 75, rng)) for _ in range(200)])
     random = np.mean([neighbours(rng.permutation(196) < 75) for _ in range(200)])
     assert blocks > 1.5 * random
 
