@@ -15,6 +15,7 @@ LEVELS = (
     ("eve.config", "eve.packing", "eve.random", "eve.tokens", "kernels"),
     ("eve.data", "eve.moe"),
     ("eve.model",),
+    ("eve.visual_tokenizer",),
     ("eve.objectives", "eve.parallel"),
     ("eve.training", "eve.tasks", "eve.conversion", "eve.planning"),
     ("eve.pretrain", "eve.evaluate"),
@@ -40,7 +41,7 @@ def module_of(path: Path) -> str:
 SOURCES = sorted([*(ROOT / "eve").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
 
-@pytest.mark.parametrize("package", ["model", "moe", "objectives"])
+@pytest.mark.parametrize("package", ["model", "moe", "visual_tokenizer", "objectives"])
 def test_no_distributed_package_is_imported(package: str) -> None:
     paths = list((ROOT / "eve" / package).rglob("*.py"))
     assert paths
