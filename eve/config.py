@@ -429,6 +429,22 @@ class MoE(Section):
     experts_backend: Literal["auto", "grouped_mm", "triton", "megablocks"] = "auto"
 
 
+class Start(Section):
+    """Which part of another project's weights fills which part of the model (tools/convert_checkpoint.py with
+    --from and --recipe; eve/conversion/foreign/fitting.py). A run itself does not read it: it starts from
+    what was written, by a stage's init_from."""
+
+    # The experts that a source with one feed-forward for all (BEiT, MAE, timm) fills, and their norms; others
+    # start anew. Where a learned router has one pool for both modalities, all its experts are copies, of the
+    # source's image and text experts in turn where it has both. VLMo fills the image expert.
+    feed_forward: tuple[Literal["image", "text", "fusion"], ...] = ("image",)
+    # Attention and the norm before it; false starts them anew.
+    attention: bool = True
+    # Added to copies of one feed-forward in a pool, so that they part: normal, by this share of the standard
+    # deviation of each tensor.
+    noise: float = Field(default=0.0, ge=0)
+
+
 class Parallel(Section):
     """How a model is spread over devices. Results do not depend on it but for rounding."""
 
@@ -466,6 +482,7 @@ class Recipe(Section):
     optimizer: Optimizer = Optimizer()
     training: Training = Training()
     moe: MoE = MoE()
+    start: Start = Start()
     parallel: Parallel = Parallel()
     evaluation: Evaluation = Evaluation()
 

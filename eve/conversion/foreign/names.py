@@ -16,12 +16,12 @@ SHOWN = 5
 
 
 class Names:
-    """`ignore`: patterns (fnmatch) of names that may be unknown to us or missing there."""
+    """`ignore`: patterns (fnmatch) of names that are left out of the state, and that it may lack."""
 
     def __init__(self, state: Mapping[str, Tensor], where: str, ignore: Sequence[str] = ()) -> None:
         self.where = where
-        self._state = state
         self._ignore = tuple(ignore)
+        self._state = {name: tensor for name, tensor in state.items() if not self._ignored(name)}
         self._used: set[str] = set()
         self._missing: list[str] = []
 
@@ -82,7 +82,7 @@ class Names:
         """Raises UserError for names that were asked for and are missing, or that none asked for."""
         if self._missing:
             raise UserError(f"{self.where} has no {_listed(self._missing)}; do without by --ignore PATTERN")
-        unknown = [name for name in self._state if name not in self._used and not self._ignored(name)]
+        unknown = [name for name in self._state if name not in self._used]
         if unknown:
             names = "name" if len(unknown) == 1 else "names"
             raise UserError(

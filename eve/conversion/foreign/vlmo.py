@@ -182,7 +182,7 @@ def state(weights: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
         found[TABLE] = joined(weights["encoder.relative_positions.table_TRH"])
         positions = torch.zeros(model.max_text_length, width)
     found["text_embeddings.position_embeddings.weight"] = positions
-    found["text_embeddings.position_ids"] = torch.arange(positions.shape[0])[None]
+    found["text_embeddings.position_ids"] = position_ids(positions.shape[0])
     for block in range(model.depth):
         found |= _block_state(weights, model, block)
     return found | _heads_state(weights, model)
@@ -228,6 +228,10 @@ def _heads_state(weights: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
                 found[name] = weights[f"contrast.{modality}.{path}.weight"]
             found[scale] = weights[f"contrast.temperature_{path}"].view(())
     return found
+
+
+def position_ids(length: int) -> Tensor:
+    return torch.arange(length)[None]
 
 
 def tables(table_RC: Tensor, depth: int) -> Tensor:
