@@ -346,7 +346,11 @@ class Stream(Section):
 
     name: str
     source: str
-    objective: Literal["masked_image", "masked_text", "masked_pair"]
+    # contrast_matching is both of one comparison (VLMo): contrast draws the hard negatives of matching.
+    # Alone, matching draws any.
+    objective: Literal[
+        "masked_image", "masked_text", "masked_pair", "contrast", "matching", "contrast_matching"
+    ]
     weight: float = Field(default=1.0, gt=0)
     # masked_image and masked_pair
     image_ratio: float = Field(default=0.75, gt=0, lt=1)
@@ -362,6 +366,27 @@ class Stream(Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     # Of the squared logsumexp of the words' logits (ST-MoE, eq. 5): keeps them from drifting.
     z_loss_weight: float = Field(default=0.0, ge=0)
+    # contrast, matching and contrast_matching
+    # Pairs are positives of one another where images or captions are the same: images of equal value of this
+    # metadata field, or of equal key where it is null or lacking; captions of equal tokens.
+    identity: str | None = None
+    # What an image or text has to find. masked: its partner, and other positives are no candidates (VLMo's
+    # formula, which knows of none). soft: all positives alike (EVE's fine-tuning). diagonal: its partner, and
+    # other positives are negatives (VLMo's code).
+    targets: Literal["masked", "soft", "diagonal"] = "masked"
+    # Whom a pair is compared with: the batch of the step, or what all ranks hold in one pass, so that results
+    # depend on the micro-batch and the number of ranks (VLMo's code).
+    pool: Literal["step", "micro_batch"] = "step"
+    # Where negatives of matching come from: all of the pool, or what the pair's own rank holds (VLMo's
+    # ablation: results depend on the number of ranks).
+    negatives: Literal["global", "local"] = "global"
+    # Of matching, where contrast has 1.
+    matching_weight: float = Field(default=1.0, ge=0)
+
+    @property
+    def is_pooled(self) -> bool:
+        """Compares samples with one another."""
+        return self.objective in ("contrast", "matching", "contrast_matching")
 
     @model_validator(mode="after")
     def _check(self) -> Stream:
@@ -470,6 +495,9 @@ KINDS_OF_OBJECTIVE = {
     "masked_image": ("pair", "image"),
     "masked_text": ("pair", "text"),
     "masked_pair": ("pair",),
+    "contrast": ("pair",),
+    "matching": ("pair",),
+    "contrast_matching": ("pair",),
 }
 
 
@@ -505,7 +533,9 @@ class Recipe(Section):
                 f"{where} has the objective {stream.objective} on the source {stream.source} of kind "
                 f"{source.kind}, expected {' or '.join(kinds)}"
             )
-        if stream.objective == "masked_text":
+        if stream.is_pooled:
+            self._check_pooled(stream, source, where)
+        if not stream.objective.startswith("masked") or stream.objective == "masked_text":
             return
         if self.model.decoder is None:
             raise ValueError(f"{where} predicts pixels, but model.decoder is null")
@@ -513,6 +543,13 @@ class Recipe(Section):
             raise ValueError(f"{where} masks patches, but an image of model.image_size is one patch")
         if source.rand_augment:
             raise ValueError(f"{where} predicts pixels, but sources.{stream.source}.rand_augment is set")
+
+    def _check_pooled(self, stream: Stream, source: Source, where: str) -> None:
+        for head in ("contrast", "matching"):
+            if head in stream.objective and getattr(self.model, head) is None:
+                raise ValueError(f"{where} has the objective {stream.objective}, but model.{head} is null")
+        if source.batch_size < 2:
+            raise ValueError(f"{where} compares pairs, but sources.{stream.source}.batch_size is 1")
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)

@@ -1,16 +1,24 @@
 """What a stream learns from: (model, batch) -> loss."""
 
 from eve.config import Model, Stream
+from eve.objectives.contrast import Contrast
 from eve.objectives.masked_image import MaskedImage
 from eve.objectives.masked_pair import MaskedPair
 from eve.objectives.masked_text import MaskedText
+from eve.objectives.matching import ContrastMatching, Matching
 from eve.objectives.output import Objective, ObjectiveOutput, PretrainModule
+from eve.objectives.pool import Pool, WholePool
 
 _OBJECTIVES = {"masked_image": MaskedImage, "masked_text": MaskedText, "masked_pair": MaskedPair}
+# Those that compare samples with one another.
+_POOLED = {"contrast": Contrast, "matching": Matching, "contrast_matching": ContrastMatching}
 
 
-def build_objective(stream: Stream, model: Model) -> Objective:
+def build_objective(stream: Stream, model: Model, pool: Pool | None = None) -> Objective:
+    """`pool`: the samples of the other ranks; without it there are none."""
+    if stream.objective in _POOLED:
+        return _POOLED[stream.objective](stream, model, pool or WholePool())
     return _OBJECTIVES[stream.objective](stream, model)
 
 
-__all__ = ["Objective", "ObjectiveOutput", "PretrainModule", "build_objective"]
+__all__ = ["Objective", "ObjectiveOutput", "Pool", "PretrainModule", "WholePool", "build_objective"]

@@ -1,14 +1,16 @@
 """What every objective returns, and the interface the training loop calls.
 
-An objective is a loss over `units` (masked patches, masked words). A step's loss is the mean over
+An objective is a loss over `units` (masked patches, masked words, pairs). A step's loss is the mean over
 the units of all its micro-batches and ranks, so it does not depend on how the batch was cut.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from eve.data.batch import Batch, Masking
@@ -51,12 +53,18 @@ class Objective(Protocol):
 
 
 def with_routing(
-    loss: Tensor, metrics: dict[str, tuple[Tensor, Tensor]], encoded: EncoderOutput, aux_weight: float
+    loss: Tensor,
+    metrics: dict[str, tuple[Tensor, Tensor]],
+    encoded: EncoderOutput | Sequence[EncoderOutput],
+    aux_weight: float,
 ) -> ObjectiveOutput:
+    """`encoded`: of each pass through the encoder; the auxiliary loss is the mean over them."""
+    passes = [encoded] if isinstance(encoded, EncoderOutput) else encoded
+    aux_loss = torch.stack([encoded.aux_loss() for encoded in passes]).mean()
     return ObjectiveOutput(
-        loss=loss + aux_weight * encoded.aux_loss(),
+        loss=loss + aux_weight * aux_loss,
         metrics=metrics,
-        router_stats=[routing.stats for routing in encoded.routing],
+        router_stats=[routing.stats for encoded in passes for routing in encoded.routing],
     )
 
 

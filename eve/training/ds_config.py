@@ -158,6 +158,14 @@ def plan_step(tree: dict[str, Any], recipe: Recipe, stage: Stage, num_shares: in
             else f"the micro-batch {micro_batch} is not a multiple of {group}, the group_size of the routers"
         )
         raise UserError(f"{cut}; give {place if written else f'training.micro_batch_size={works}'}")
+    for stream in stage.streams:
+        share = shares[stream.source]
+        if stream.is_pooled and stream.pool == "step" and micro_batch is not None and micro_batch < share:
+            raise UserError(
+                f"stream {stream.name} of stage {stage.name} compares all {share * num_shares} samples of a "
+                f"step, but the micro-batch {micro_batch} is less than the {share} of each of {readers}; "
+                f"take more processes, or pool: micro_batch, which compares {micro_batch * num_shares}"
+            )
     return StepPlan(shares, {source: micro_batch or share for source, share in shares.items()})
 
 

@@ -13,6 +13,7 @@ from eve.errors import UserError
 from eve.model import build_model, parameter_shapes
 from eve.objectives import build_objective
 from eve.parallel.layers import parallel_layers
+from eve.parallel.pool import pool_of
 from eve.parallel.sharding import Kind, placement
 from eve.parallel.topology import Topology
 from eve.training.ds_config import precision, state_format, zero_stage
@@ -43,7 +44,8 @@ def build_stage(
     freeze(model, stage.trainable)
     if recipe.training.compile:
         model.compile_blocks()
-    objectives = {stream.name: build_objective(stream, recipe.model) for stream in stage.streams}
+    pool = pool_of(topology)
+    objectives = {stream.name: build_objective(stream, recipe.model, pool) for stream in stage.streams}
     return EngineModule(model, objectives, topology)
 
 
