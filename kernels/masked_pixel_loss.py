@@ -29,18 +29,34 @@ EPS = 1e-6
 # ---------------------------------------------------------------------------------------------- definition
 
 
-def masked_pixel_loss_definition(
-    pred_BMC: Tensor, images_BCHW: Tensor, masked_BM: Tensor, patch_size: int, normalised: bool
-) -> Tensor:
+def masked_pixels(images_BCHW: Tensor, masked_BM: Tensor, patch_size: int) -> Tensor:
+    """Bytes -> (B, M, C) in [-1, 1], fp32."""
     b, c, height, width = images_BCHW.shape
     p = patch_size
     x = images_BCHW.view(b, c, height // p, p, width // p, p)
     patches_BPC = x.permute(0, 2, 4, 1, 3, 5).reshape(b, (height // p) * (width // p), c * p * p)
     picked_BMC = patches_BPC.gather(1, masked_BM[..., None].expand(-1, -1, c * p * p))
-    target_BMC = picked_BMC.float().div_(127.5).sub_(1.0)
-    if normalised:
-        variance, mean = torch.var_mean(target_BMC, dim=-1, keepdim=True)
-        target_BMC = (target_BMC - mean) / (variance + EPS).sqrt()
+    return picked_BMC.float().div_(127.5).sub_(1.0)
+
+
+def patch_moments(pixels_BMC: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, M, 1): mean, and what a normalised target is divided by."""
+    variance_BM1, mean_BM1 = torch.var_mean(pixels_BMC, dim=-1, keepdim=True)
+    return mean_BM1, (variance_BM1 + EPS).sqrt()
+
+
+def pixel_target(pixels_BMC: Tensor, normalised: bool) -> Tensor:
+    """Pixels in [-1, 1] -> the target."""
+    if not normalised:
+        return pixels_BMC
+    mean_BM1, deviation_BM1 = patch_moments(pixels_BMC)
+    return (pixels_BMC - mean_BM1) / deviation_BM1
+
+
+def _loss_definition(
+    pred_BMC: Tensor, images_BCHW: Tensor, masked_BM: Tensor, patch_size: int, normalised: bool
+) -> Tensor:
+    target_BMC = pixel_target(masked_pixels(images_BCHW, masked_BM, patch_size), normalised)
     return (pred_BMC.float() - target_BMC).square().mean(-1)
 
 
@@ -186,10 +202,11 @@ def masked_pixel_loss(
     pred_BMC: Tensor, images_BCHW: Tensor, masked_BM: Tensor, patch_size: int, normalised: bool
 ) -> Tensor:
     """Predictions of the masked patches, images (B, 3, H, W) uint8, indices of patches in reading order
-    (B, M) -> (B, M) fp32: the mean squared error of each patch. Images may be strided."""
+    (B, M) -> (B, M) fp32: the mean squared error of each patch. Images may be strided; only the predictions
+    get a gradient."""
     if use_triton(pred_BMC):
         return _loss(pred_BMC, images_BCHW, masked_BM, patch_size, normalised)
-    return masked_pixel_loss_definition(pred_BMC, images_BCHW, masked_BM, patch_size, normalised)
+    return _loss_definition(pred_BMC, images_BCHW, masked_BM, patch_size, normalised)
 
 
 _TYPES = {

@@ -15,12 +15,10 @@ from eve.config import Model, Stream
 from eve.data.batch import Batch, Masking
 from eve.data.tokenizer import Tokenizer
 from eve.model import VisionLanguageModel
-from eve.model.embeddings import patchify, pick, to_float
 from eve.model.encoder import EncoderOutput
 from eve.objectives.masking import ImageMasking
 from eve.objectives.output import ObjectiveOutput, with_routing
-
-_EPS = 1e-6
+from kernels.masked_pixel_loss import masked_pixel_loss, masked_pixels, patch_moments, pixel_target
 
 
 @dataclass(frozen=True)
@@ -38,26 +36,8 @@ class ImagePrediction:
         patch are taken from the true picture: the model does not predict them."""
         if not self.normalised:
             return self.pred_BMC
-        mean, std = _moments(self.raw_BMC)
-        return self.pred_BMC * std + mean
-
-
-def _moments(raw_BMC: Tensor) -> tuple[Tensor, Tensor]:
-    variance, mean = torch.var_mean(raw_BMC, dim=-1, keepdim=True)  # unbiased, as MAE has it
-    return mean, (variance + _EPS).sqrt()
-
-
-def image_target(raw_BMC: Tensor, normalised: bool) -> Tensor:
-    """Pixels in [-1, 1], or (x - mean) / sqrt(var + 1e-6) of each patch (MAE)."""
-    if not normalised:
-        return raw_BMC
-    mean, std = _moments(raw_BMC)
-    return (raw_BMC - mean) / std
-
-
-def raw_patches(batch: Batch, masked_BM: Tensor, patch_size: int) -> Tensor:
-    assert batch.images_BCHW is not None
-    return to_float(pick(patchify(batch.images_BCHW, patch_size), masked_BM))
+        mean_BM1, deviation_BM1 = patch_moments(self.raw_BMC)
+        return self.pred_BMC * deviation_BM1 + mean_BM1
 
 
 class MaskedImage:
@@ -98,9 +78,10 @@ class MaskedImage:
         """Of a model in evaluation mode."""
         pred_BMC, _ = self._decode(model, batch)
         masked_BM = batch.masks[self.name]["masked_M"]
-        raw_BMC = raw_patches(batch, masked_BM, model.config.patch_size)
+        assert batch.images_BCHW is not None
+        raw_BMC = masked_pixels(batch.images_BCHW, masked_BM, model.config.patch_size)
         normalised = self.stream.normalise_pixels
-        target_BMC = image_target(raw_BMC, normalised)
+        target_BMC = pixel_target(raw_BMC, normalised)
         return ImagePrediction(pred_BMC.float(), target_BMC, raw_BMC, masked_BM, normalised)
 
 
@@ -108,7 +89,9 @@ def image_loss(
     pred_BMC: Tensor, batch: Batch, masked_BM: Tensor, patch_size: int, stream: Stream
 ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """Sum over masked patches of the mean squared error of their pixels, and the metric."""
-    target_BMC = image_target(raw_patches(batch, masked_BM, patch_size), stream.normalise_pixels)
-    total = (pred_BMC.float() - target_BMC).square().mean(-1).sum()
+    assert batch.images_BCHW is not None
+    total = masked_pixel_loss(
+        pred_BMC, batch.images_BCHW, masked_BM, patch_size, stream.normalise_pixels
+    ).sum()
     count = torch.full_like(total, masked_BM.numel())
     return total, {"loss": (total.detach(), count.detach())}

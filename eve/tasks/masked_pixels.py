@@ -21,9 +21,10 @@ from torch import Tensor
 from eve.data.batch import Sample, collate
 from eve.model import VisionLanguageModel
 from eve.model.embeddings import patchify, pick, to_float
-from eve.objectives.masked_image import ImagePrediction, MaskedImage, image_target
+from eve.objectives.masked_image import ImagePrediction, MaskedImage
 from eve.tasks.report import Table, Value
 from eve.tasks.statistics import bootstrap_ratio
+from kernels.masked_pixel_loss import pixel_target
 
 # Errors of a sample, each the mean over its masked patches and their pixels.
 MODEL = "model"
@@ -51,7 +52,7 @@ def mean_colours(samples: Sequence[Sample], patch_size: int, normalised: bool, b
         images = collate(samples[start : start + batch_size]).images_BCHW
         assert images is not None
         raw_BPC = to_float(patchify(images, patch_size))
-        for row, patches_BPC in enumerate((image_target(raw_BPC, normalised), raw_BPC)):
+        for row, patches_BPC in enumerate((pixel_target(raw_BPC, normalised), raw_BPC)):
             totals[row] += patches_BPC.unflatten(-1, (3, -1)).double().mean((1, 3)).sum(0)
         number += len(images)
     target, pixels = (totals / number).float()
@@ -78,7 +79,7 @@ def sample_errors(prediction: ImagePrediction, visible_BVC: Tensor, colours: Col
     def mean_colour(patches_BVC: Tensor) -> Tensor:
         return patches_BVC.unflatten(-1, (3, -1)).mean((1, 3))
 
-    visible_target_BVC = image_target(visible_BVC, prediction.normalised)
+    visible_target_BVC = pixel_target(visible_BVC, prediction.normalised)
     errors = {
         MODEL: error(prediction.pred_BMC, target_BMC),
         GLOBAL: error(flat(colours.target.to(raw_BMC.device)), target_BMC),

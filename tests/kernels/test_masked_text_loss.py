@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -77,6 +80,54 @@ def test_rows_in_chunks_give_the_same(path: str, shape):
     *leaves, target_K = drawn(shape, path)
     found = masked_text_loss(*leaves, target_K, smoothing=0.1, z_loss=1e-2, max_logit_bytes=2 * 4 * shape[2])
     check(found, leaves, target_K, (0.1, 1e-2), {"rtol": 1e-4, "atol": 1e-5})
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("expanded", [True, False])
+def test_one_upstream_gradient_of_all_rows_in_chunks(path: str, shape, expanded: bool):
+    """As a sum's, which takes no memory, and as one number written K times."""
+    *leaves, target_K = drawn(shape, path)
+    wide = in_fp64(leaves)  # pyright: ignore
+    oracle(*wide, target_K.cpu(), 0.1, 1e-2)[0].sum().mul(-0.3).backward()  # pyright: ignore
+    found = masked_text_loss(*leaves, target_K, smoothing=0.1, z_loss=1e-2, max_logit_bytes=2 * 4 * shape[2])
+    upstream_K = torch.full((1,), -0.3, device=path).expand(shape[0])
+    found.loss_K.backward(upstream_K if expanded else upstream_K.clone(memory_format=torch.contiguous_format))
+    for narrow, exact in zip(leaves, wide, strict=True):
+        torch.testing.assert_close(narrow.grad.double().cpu(), exact.grad, rtol=1e-4, atol=1e-5)  # pyright: ignore
+
+
+@pytest.mark.parametrize("limit", [None, 2 * 8 * 33])
+def test_fp64_is_not_rounded(limit: int | None):
+    *leaves, target_K = drawn((7, 24, 33), "cpu", torch.float64)
+    found = masked_text_loss(*leaves, target_K, smoothing=0.1, z_loss=1e-2, max_logit_bytes=limit)
+    assert found.loss_K.dtype == torch.float64
+    check(found, leaves, target_K, (0.1, 1e-2), {"rtol": 1e-12, "atol": 1e-12})
+
+
+def peak_bytes(run: Callable[[], None]) -> int:
+    """Of all tensors on the CPU that live at a time, beyond those that lived before."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()  # pyright: ignore
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes))
+
+
+def test_the_logits_are_never_whole_on_a_cpu():
+    rows, width, words = 400, 8, 5000
+    *leaves, target_K = drawn((rows, width, words), "cpu")
+    whole = 4 * rows * words
+
+    def ours() -> None:
+        masked_text_loss(*leaves, target_K, max_logit_bytes=whole // 10).loss_K.sum().backward()
+
+    def naive() -> None:
+        torch.nn.functional.cross_entropy(torch.nn.functional.linear(*leaves), target_K).backward()
+
+    assert peak_bytes(ours) < 0.5 * whole
+    assert peak_bytes(naive) > 2 * whole
 
 
 @pytest.mark.parametrize("chunk_rows", [5, 100])

@@ -11,9 +11,11 @@ from kernels.vocabulary_parallel_loss import logit_statistics, vocabulary_parall
 WIDTH = 12
 
 
-def of_shards(x_KD, weight_VD, bias_V, target_K, vocab_size: int, shards: int, options, device: str):
-    """(loss, hit, cross-entropy of the first shard, gradients of x, W, b): the sum or the concatenation over
-    shards. Each shard's `gather` returns what all shards have to say, which a first round collected."""
+def of_shards(
+    x_KD, weight_VD, bias_V, target_K, vocab_size: int, shards: int, options, device: str, chunk=None
+):
+    """(losses of each shard, gradients of x, W, b): the sum or the concatenation over shards. Each shard's
+    `gather` returns what all shards said in a first round; `chunk` rows at a time."""
     rows = weight_VD.shape[0] // shards
     parts = [(weight_VD[s * rows :][:rows], bias_V[s * rows :][:rows], s * rows) for s in range(shards)]
     said: list[Tensor] = []
@@ -24,11 +26,18 @@ def of_shards(x_KD, weight_VD, bias_V, target_K, vocab_size: int, shards: int, o
     for number, (weight, bias, begin) in enumerate(parts):
         leaves = [each.detach().clone().requires_grad_() for each in (x_KD, weight, bias)]
 
-        def gather(mine_5K: Tensor, number: int = number) -> Tensor:
-            torch.testing.assert_close(mine_5K, said[number])
-            return torch.stack([*said[:number], mine_5K, *said[number + 1 :]])
+        asked: list[int] = []
 
-        found = vocabulary_parallel_text_loss(*leaves, target_K, begin, vocab_size, gather, *options)
+        def gather(mine_5K: Tensor, number: int = number, asked: list[int] = asked) -> Tensor:
+            part = slice(sum(asked), sum(asked) + mine_5K.shape[1])
+            asked.append(mine_5K.shape[1])
+            torch.testing.assert_close(mine_5K, said[number][:, part])
+            return torch.stack([stats_5K[:, part] for stats_5K in said])
+
+        limit = None if chunk is None else chunk * 4 * rows
+        found = vocabulary_parallel_text_loss(*leaves, target_K, begin, vocab_size, gather, *options, limit)
+        assert sum(asked) == len(target_K)
+        assert max(asked) <= (chunk or len(target_K))
         weight_K = torch.linspace(-0.5, 1.5, len(target_K), device=device)
         (found.loss_K * weight_K).sum().backward()
         outputs.append(found)
@@ -40,7 +49,8 @@ def of_shards(x_KD, weight_VD, bias_V, target_K, vocab_size: int, shards: int, o
 @pytest.mark.parametrize("shards", [1, 2, 3])
 @pytest.mark.parametrize("options", [(0.0, 0.0), (0.1, 1e-2)])
 @pytest.mark.parametrize(("num_rows", "vocab_size"), [(5, 60), (1, 55), (0, 60), (4, 41), (3, 12), (2, 9000)])
-def test_shards_together_are_the_whole(path: str, shards, options, num_rows: int, vocab_size: int):
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_shards_together_are_the_whole(path: str, shards, options, num_rows: int, vocab_size: int, chunk):
     """Also with padding, up to shards that hold nothing else."""
     padded = max(60, -(-vocab_size // 60) * 60)
     generator = torch.Generator().manual_seed(vocab_size)
@@ -57,7 +67,7 @@ def test_shards_together_are_the_whole(path: str, shards, options, num_rows: int
     (loss_K * torch.linspace(-0.5, 1.5, num_rows)).sum().backward()
 
     on_device = [t.to(path) for t in (x_KD, weight_VD, bias_V, target_K)]
-    outputs, grads = of_shards(*on_device, vocab_size, shards, options, path)
+    outputs, grads = of_shards(*on_device, vocab_size, shards, options, path, chunk)
     for found in outputs:
         torch.testing.assert_close(found.loss_K.double().cpu(), loss_K.detach(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.nats_K.double().cpu(), nats_K.detach(), rtol=1e-4, atol=1e-5)

@@ -122,6 +122,23 @@ def test_masked_text_loss_is_the_mean_over_masked_words():
     torch.testing.assert_close(output.loss, expected)
 
 
+def test_smoothing_and_z_loss_are_in_the_loss_and_not_in_the_metric():
+    objectives, samples = make_samples()
+    model, batch = build_model(CONFIG, 1).eval(), collate(samples)
+    stream = STREAMS[2].model_copy(update={"label_smoothing": 0.2, "z_loss_weight": 0.01})
+    objective = build_objective(stream, CONFIG)
+    output = objective(model, batch, objective.units(batch), 1.0)
+    prediction = objectives["text"].predict(model, batch)
+    logits, labels = prediction.logits_KV, prediction.labels_K
+    nats = F.cross_entropy(logits, labels)
+    smooth = F.cross_entropy(logits, labels, label_smoothing=0.2)
+    torch.testing.assert_close(output.loss, smooth + 0.01 * logits.logsumexp(-1).square().mean())
+    total, count = output.metrics["loss"]
+    torch.testing.assert_close(total / count, nats)
+    hits, count = output.metrics["accuracy"]
+    assert hits / count == (logits.argmax(-1) == labels).float().mean()
+
+
 def test_hidden_pixels_and_words_are_not_seen():
     """Another picture under the mask, another word under [MASK]: the prediction stays as it is."""
     objectives, samples = make_samples(2)

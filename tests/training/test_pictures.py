@@ -11,10 +11,11 @@ from eve.data.batch import Sample, collate
 from eve.data.tokenizer import Tokenizer
 from eve.model import build_model
 from eve.objectives import build_objective
-from eve.objectives.masked_image import ImagePrediction, image_target, raw_patches
+from eve.objectives.masked_image import ImagePrediction
 from eve.objectives.masked_text import TextPrediction
 from eve.training.drawing import GREEN, GREY, RED, Cell, Line, draw_sheet
 from eve.training.pictures import captions_of, draw_batch, footnote, image_rows
+from kernels.masked_pixel_loss import masked_pixels, pixel_target
 from tools.train_tokenizer import train
 
 IMAGE = Stream(name="image", source="pairs", objective="masked_image")
@@ -60,8 +61,8 @@ def batch(tokenizer, config):
 
 def perfect(batch, normalised: bool) -> ImagePrediction:
     masked = batch.masks["image"]["masked_M"]
-    raw = raw_patches(batch, masked, 4)
-    target = image_target(raw, normalised)
+    raw = masked_pixels(batch.images_BCHW, masked, 4)
+    target = pixel_target(raw, normalised)
     return ImagePrediction(target, target, raw, masked, normalised)
 
 
