@@ -260,25 +260,29 @@ def layer_with_inputs(
     return layer, found[-1]  # pyright: ignore
 
 
+def dense_twin(model: Model, k: int) -> Model:
+    """One feed-forward in each block, for all tokens, as wide as the k experts of a token together."""
+    layer = FeedForward(blocks=tuple(range(model.depth)), router="shared")
+    return model.model_copy(update={"feed_forward": [layer], "hidden": k * model.hidden})
+
+
 def layer_seconds(
     recipe: Recipe, batch: Batch, rounds: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, list[float]] | None:
     """{"routed", "dense": seconds of forward and backward, round by round}; None without a learned router.
 
-    Of the last block whose router is learned, and of one feed-forward for all tokens whose hidden width is k
-    times as large: its k experts of a token in one.
+    Of the last block whose router is learned, and of its dense twin.
     """
     model = recipe.model
     blocks = [block for block in range(model.depth) if model.feed_forward_of(block).router == "topk"]
     if not blocks:
         return None
-    wide = FeedForward(blocks=tuple(range(model.depth)), router="shared")
-    dense = model.model_copy(
-        update={"feed_forward": [wide], "hidden": model.hidden * model.feed_forward_of(blocks[-1]).k}
-    )
     calls = {
         name: layer_with_inputs(each, recipe, blocks[-1], batch, device, dtype)
-        for name, each in (("routed", model), ("dense", dense))
+        for name, each in (
+            ("routed", model),
+            ("dense", dense_twin(model, model.feed_forward_of(blocks[-1]).k)),
+        )
     }
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + WARM_UP):

@@ -130,7 +130,9 @@ def main(argv: list[str] | None = None) -> int:
             print("no kernels.png: matplotlib is not installed", file=sys.stderr)
     wrong = [row for rows in results for row in rows if (row.reason or "").startswith("WRONG")]
     timed = sum(row.reason is None for rows in results for row in rows)
-    print(f"\n{len(results)} shapes, {timed} measurements, {len(wrong)} peers compute something else")
+    print(
+        f"\nshapes: {len(results)}, measurements: {timed}, of peers that compute something else: {len(wrong)}"
+    )
     for row in wrong:
         print(f"{row.case.operation}, {row.peer}: {row.reason}", file=sys.stderr)
     return 1 if wrong else 0
