@@ -140,10 +140,13 @@ def results_and_gradients(
         return {}, {}
     starts = {name: tensor for name, tensor in seen.items() if tensor.requires_grad}
     cotangents = []
+    # A mean hands each number a small part of its gradient: large enough that none of these is nothing.
+    total = sum(leaf.numel() for leaf in call.leaves.values())
     for tensor in starts.values():
         generator = torch.Generator(tensor.device).manual_seed(tensor.numel())
         random = torch.randn(tensor.shape, generator=generator, device=tensor.device)
-        cotangents.append((random + 1).to(tensor.dtype))
+        random = torch.full_like(random, total) if tensor.ndim == 0 else random + 1
+        cotangents.append(random.to(tensor.dtype))
     leaves = call.leaves
     found = torch.autograd.grad(list(starts.values()), list(leaves.values()), cotangents)
     gradients = call.comparable_gradients(dict(zip(leaves, found, strict=True)))

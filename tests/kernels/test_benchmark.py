@@ -99,7 +99,7 @@ def test_operations_are_those_that_torch_counts() -> None:
 
     for operation, peer in (
         ("expert_feed_forward", "torch, expert after expert"),
-        ("masked_text_loss", "ours"),
+        ("masked_text_loss", "torch cross_entropy"),
     ):
         case = replace(TINY, operation=operation)
         inputs = BY_NAME[operation].inputs(case, CPU, torch.float32)
@@ -225,6 +225,27 @@ def test_a_peer_that_computes_something_else_is_not_timed(wrong, says: str, dtyp
     assert not bad.seconds["both"]
     assert ours.reason is good.reason is None
     assert len(good.seconds["both"]) == 2
+
+
+@pytest.mark.parametrize("operation", ["masked_text_loss", "masked_pixel_loss"])
+def test_a_wrong_gradient_of_a_mean_is_seen_however_small_it_is(operation: str) -> None:
+    """Each pixel's gradient is one in hundreds of thousands of the loss's; here it is 1 % too large."""
+    case = replace(TINY, operation=operation, tokens=200, words=3000)
+    given = BY_NAME[operation].inputs(case, CPU, torch.float32)
+    ours = BY_NAME[operation].peers[0]
+
+    def wrong(inputs) -> Call:
+        call = ours.make(inputs)
+
+        def forward() -> torch.Tensor:
+            loss = call.forward()
+            return loss + 0.01 * (loss - loss.detach())
+
+        return replace(call, forward=forward)
+
+    _, row = run_case(case, (ours, Peer("wrong", wrong)), given, CPU, torch.float32, 1)
+    assert row.reason is not None
+    assert row.reason.startswith("WRONG: gradient of ")
 
 
 def test_the_equality_is_of_the_operation_not_of_an_order_of_rows() -> None:
