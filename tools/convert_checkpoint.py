@@ -1,13 +1,15 @@
-"""Moves a checkpoint to another layout, or out of all layouts, on a CPU and one tensor at a time.
+"""Moves a checkpoint to another layout, or out of all layouts, on a CPU and one tensor at a time; imports
+official weights of other projects, and exports to two of their layouts.
 
     python -m tools.convert_checkpoint SOURCE TARGET [options]
 
-SOURCE is a run (its last checkpoint), one of its RUN/checkpoints/step-N, or a topology-free directory.
-TARGET must not exist. It becomes
+SOURCE is a run (its last checkpoint), one of its RUN/checkpoints/step-N, or a topology-free directory; with
+--from vlmo, beit, ... a file of official weights. TARGET must not exist. It becomes
 
     a topology-free directory, as `export` of a run          without --world-size
     a run, or a RUN/checkpoints/step-N, to go on with        with --world-size
         --resume on that many processes
+    a file in the layout of another project                  with --to
 
     python -m tools.convert_checkpoint runs/eve_base released                       weights only
     python -m tools.convert_checkpoint runs/eve_base moved --training-state         all that training needs
@@ -15,6 +17,10 @@ TARGET must not exist. It becomes
     python -m tools.convert_checkpoint runs/eve_base runs/wide --world-size 32      from layout to layout
     python -m tools.convert_checkpoint runs/eve_base moved --verify                 both are there: compare
     python -m tools.convert_checkpoint runs/dense start --upcycle eve_base          copies as experts
+    python -m tools.convert_checkpoint vlmo_base.pt vlmo --from vlmo                the model as it is
+    python -m tools.convert_checkpoint beit.pth start --from beit --recipe vlmo_base
+        weights for a stage's init_from; the recipe's section `start` says what fills what
+    python -m tools.convert_checkpoint runs/vlmo_base vlmo.pt --to vlmo             for the official code
 
 Weights are those of the optimizer in fp32, not their rounded copies. Exit code 1: --verify found a
 difference; 2: a mistake in the call, or a source that is not whole.
@@ -31,8 +37,13 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import yaml
+
 from eve.config import load_recipe
 from eve.conversion.checkpoint import Checkpoint
+from eve.conversion.foreign.checkpoint import ForeignCheckpoint, ForeignOptions
+from eve.conversion.foreign.formats import FORMATS as FOREIGN
+from eve.conversion.foreign.state_files import write_state
 from eve.conversion.layout import Layout
 from eve.conversion.sources import FORMATS, open_source
 from eve.conversion.targets import convert_to_deepspeed, convert_to_open
@@ -49,7 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     try:
         _check(options)
-        source = open_source(options.source, options.format)
+        source = open_source(options.source, options.format, _foreign(options))
+        if options.to:
+            return _export(source, options)
         if options.upcycle:
             source = _upcycled(source, options)
         exists = options.target.exists()
@@ -71,8 +84,18 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("world_size", "tensor", "expert"):
         if (number := getattr(options, name)) is not None and number < 1:
             raise UserError(f"--{name.replace('_', '-')} {number} is below 1")
-    if options.overrides and not options.upcycle:
-        raise UserError(f"{options.overrides[0]} is for --upcycle")
+    if options.overrides and not (options.upcycle or options.recipe):
+        raise UserError(f"{options.overrides[0]} is for --upcycle or --recipe")
+    for name in ("recipe", "tokenizer", "sizes", "ignore"):
+        if getattr(options, name) and options.format not in FOREIGN:
+            word = "size" if name == "sizes" else name
+            raise UserError(f"--{word} is for weights of another project; say --from {'|'.join(FOREIGN)}")
+    if options.upcycle and options.recipe:
+        raise UserError("--upcycle and --recipe each name the recipe to convert to; give one")
+    if options.to and (options.world_size is not None or options.training_state or options.upcycle):
+        raise UserError("--to writes weights alone: no --world-size, no --training-state, no --upcycle")
+    if options.to and options.verify:
+        raise UserError("--verify compares what eve reads; convert the exported file back with --from")
     if options.training_state and options.world_size is not None:
         raise UserError(
             "--training-state is for a topology-free directory; with --world-size it is there anyway"
@@ -99,6 +122,35 @@ def _convert(source: Checkpoint, options: argparse.Namespace) -> None:
         progress=_progress(source, options.training_state),
     )
     print(f"{options.target}: step {source.step}, {len(source.parameters)} parameters")
+    for note in source.notes if isinstance(source, ForeignCheckpoint) else ():
+        print(f"  {note}")
+
+
+def _foreign(options: argparse.Namespace) -> ForeignOptions | None:
+    if options.format not in FOREIGN:
+        return None
+    sizes = {}
+    for word in options.sizes:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"'{word}' is not a size such as heads=12")
+        sizes[key] = yaml.safe_load(text)
+    return ForeignOptions(
+        recipe=load_recipe(options.recipe, options.overrides) if options.recipe else None,
+        sizes=sizes,
+        ignore=tuple(options.ignore),
+        tokenizer=options.tokenizer,
+    )
+
+
+def _export(source: Checkpoint, options: argparse.Namespace) -> int:
+    make = FOREIGN[options.to].state
+    assert make is not None
+    weights = {parameter.name: source.read(parameter.name, "weight") for parameter in source.parameters}
+    state = make(weights, source.recipe.model)
+    write_state(options.target, state)
+    print(f"{options.target}: {len(state)} tensors in the layout of {FOREIGN[options.to].title}")
+    return 0
 
 
 def _upcycled(source: Checkpoint, options: argparse.Namespace) -> Checkpoint:
@@ -165,8 +217,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--from",
         dest="format",
-        choices=sorted(FORMATS),
-        help="the format of SOURCE; default: what it looks like",
+        choices=[*sorted(FORMATS), *FOREIGN],
+        help="the format of SOURCE; default: which of eve's it looks like",
+    )
+    parser.add_argument(
+        "--to",
+        choices=[name for name, form in FOREIGN.items() if form.state is not None],
+        help="write the layout of another project: safetensors if TARGET ends so, else as torch.save does",
     )
     parser.add_argument(
         "--training-state",
@@ -186,6 +243,28 @@ def _parser() -> argparse.ArgumentParser:
     layout.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), help="default 0")
     layout.add_argument("--precision", choices=("fp32", "bf16"), help="default fp32")
     layout.add_argument("--offload", action="store_true", help="for a ds_configs/*_offload.json")
+    foreign = parser.add_argument_group("weights of another project (--from)")
+    foreign.add_argument(
+        "--recipe",
+        help="start this recipe's model with them: its section `start` says which part fills which expert, "
+        "positions are resized, what is missing is new by the recipe's seed; default: their own model",
+    )
+    foreign.add_argument(
+        "--size",
+        dest="sizes",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what their names and shapes do not tell, as heads=6; the official values are the default",
+    )
+    foreign.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="names of SOURCE to leave out, or to do without; * stands for anything",
+    )
+    foreign.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the recipe's")
     upcycle = parser.add_argument_group(
         "other experts", "see eve/conversion/upcycling.py for what they compute"
     )
@@ -195,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
         help="weights for this recipe: experts of its learned routers are copies of the feed-forwards (or of "
         "another number of experts) of SOURCE; routers that SOURCE lacks are new, by the recipe's seed",
     )
-    upcycle.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of that recipe")
+    upcycle.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes of the recipe")
     upcycle.add_argument(
         "--experts-from",
         choices=("alternate", "image", "text", "mean"),

@@ -1,7 +1,6 @@
 """The formats that a conversion can start from: one entry each, tried in this order.
 
-Another project's checkpoints become readable by an entry here whose `open` returns a `Checkpoint`: it gives
-its tensors under our names.
+Those of other projects are files; eve/conversion/foreign/formats.py has their table.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from pathlib import Path
 
 from eve.conversion.checkpoint import Checkpoint
 from eve.conversion.deepspeed_reader import DeepSpeedCheckpoint
+from eve.conversion.foreign.checkpoint import ForeignCheckpoint, ForeignOptions
+from eve.conversion.foreign.formats import FORMATS as FOREIGN
 from eve.conversion.open_directory import OpenDirectory
 from eve.errors import UserError
 from eve.training.checkpoint import is_complete
@@ -54,8 +55,14 @@ FORMATS = {
 }
 
 
-def open_source(path: Path, name: str | None = None) -> Checkpoint:
-    """The checkpoint at a path, of the named format or of the first that matches. Raises UserError."""
+def open_source(path: Path, name: str | None = None, foreign: ForeignOptions | None = None) -> Checkpoint:
+    """The checkpoint at a path, of the named format or of the first of ours that matches.
+
+    Raises UserError."""
+    if name in FOREIGN:
+        return ForeignCheckpoint(path, name, foreign or ForeignOptions())
+    if path.is_file():
+        raise UserError(f"{path} is a file; say --from {'|'.join(FOREIGN)} for weights of another project")
     if not path.is_dir():
         raise UserError(f"{path} is not a directory")
     if name is not None:

@@ -65,15 +65,23 @@ class Fitting:
         ]
 
     def read(self, name: str) -> Tensor:
-        found = self._found(name)
-        shape = self.shapes[name]
+        found = self._checked(name)
         if found is None:
             return self._initial(name)
-        if found.shape != shape:
+        return fill(found, self._initial(name)) if bool(found.isnan().any()) else found
+
+    def is_new(self, name: str) -> bool:
+        """Whether all or a part of it is what a run of the seed starts with."""
+        found = self._checked(name)
+        return found is None or bool(found.isnan().any())
+
+    def _checked(self, name: str) -> Tensor | None:
+        found, shape = self._found(name), self.shapes[name]
+        if found is not None and found.shape != shape:
             raise UserError(
                 f"{self._where}: {name} would be {tuple(found.shape)}, the recipe's model has {tuple(shape)}"
             )
-        return fill(found, self._initial(name)) if bool(found.isnan().any()) else found
+        return found
 
     def _found(self, name: str) -> Tensor | None:
         """What the source has for it, NaN where it has nothing; None: nothing at all."""
@@ -96,7 +104,8 @@ class Fitting:
         if name == "encoder.text_embedding.position":
             return resize_text(tensor, target.text_positions)
         if name == "encoder.type_embedding":
-            return tensor[[0, 1, min(2, len(tensor) - 1) if len(tensor) > 2 else 0][: target.num_types]]
+            second_image = 2 if len(tensor) == 3 else 0
+            return tensor[[0, 1, second_image][: target.num_types]]
         if name == TABLE:
             side, new_side = (model.image_size // model.patch_size for model in (source, target))
             lengths = source.text_positions, target.text_positions

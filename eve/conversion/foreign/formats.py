@@ -85,8 +85,10 @@ def import_state(
     try:
         model = Model.model_validate(tree)
     except ValidationError as error:
-        message = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UserError(f"{where} is not a model of ours: {message}") from None
+        first = error.errors()[0]
+        key = "".join(f"{part}: " for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{where} is not a model of ours: {key}{message}") from None
     weights = form.weights(names, model)
     heads = {} if form.heads is None else form.heads(names, model)
     names.skip(*form.buffers)
