@@ -152,7 +152,8 @@ def _fuses(feed_forward: FeedForward) -> bool:
 class Decoder(Section):
     """The light decoder of masked image modelling (MAE, He et al. 2022)."""
 
-    depth: int = Field(default=8, ge=1)
+    # 0 is two linear layers with a norm between them: for mask tokens inside the encoder.
+    depth: int = Field(default=8, ge=0)
     width: int = Field(default=512, ge=1)
     heads: int = Field(default=16, ge=1)
     # sine_cosine: the fixed 2-D table of MAE. learned: a table of weights.
@@ -323,6 +324,8 @@ class Source(Section):
 
 class Data(Section):
     tokenizer: str
+    # Directory of the visual tokenizer, for streams that predict its codes (tools/train_visual_tokenizer.py).
+    visual_tokenizer: str | None = None
     # Virtual readers: the order of the data depends on this number and on the seed, not on the machine.
     num_readers: int = Field(default=8, ge=1)
     shuffle_buffer: int = Field(default=4096, ge=1)
@@ -349,10 +352,23 @@ class Stream(Section):
     # contrast_matching is both of one comparison (VLMo): contrast draws the hard negatives of matching.
     # Alone, matching draws any.
     objective: Literal[
-        "masked_image", "masked_text", "masked_pair", "contrast", "matching", "contrast_matching"
+        "masked_image",
+        "masked_codes",
+        "masked_text",
+        "masked_pair",
+        "contrast",
+        "matching",
+        "contrast_matching",
     ]
     weight: float = Field(default=1.0, gt=0)
-    # masked_image and masked_pair
+    # masked_image, masked_codes and masked_pair
+    # What of a masked patch is predicted: its pixels, or its code of data.visual_tokenizer. masked_image has
+    # pixels and masked_codes codes; masked_pair may have either.
+    image_target: Literal["pixels", "codes"] = "pixels"
+    # visible: the encoder sees the visible patches, and the decoder all (MAE, EVE). mask_token: the encoder
+    # sees all, the masked ones as model.mask_token (BEiT, VL-MoE); codes are always predicted so.
+    image_input: Literal["visible", "mask_token"] = "visible"
+    # By default 75 % at random (MAE, EVE), of a target of codes 40 % in blocks (BEiT, VL-MoE).
     image_ratio: float = Field(default=0.75, gt=0, lt=1)
     image_masking: Literal["random", "block"] = "random"
     # Targets: pixels of a patch minus their mean over their standard deviation, or raw in [-1, 1].
@@ -388,8 +404,25 @@ class Stream(Section):
         """Compares samples with one another."""
         return self.objective in ("contrast", "matching", "contrast_matching")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_codes(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if values.get("objective") == "masked_codes":
+            values = {"image_target": "codes", **values}
+        if values.get("image_target") == "codes":
+            of_codes = {"image_input": "mask_token", "image_ratio": 0.4, "image_masking": "block"}
+            values = {**of_codes, **values}
+        return values
+
     @model_validator(mode="after")
     def _check(self) -> Stream:
+        target = {"masked_image": "pixels", "masked_codes": "codes"}.get(self.objective, self.image_target)
+        if self.image_target != target:
+            raise ValueError(f"image_target is {self.image_target}, but {self.objective} has {target}")
+        if self.image_target == "codes" and self.image_input != "mask_token":
+            raise ValueError(f"image_input is {self.image_input}, but codes are predicted from mask_token")
         if self.mask_share + self.random_share > 1:
             raise ValueError(
                 f"mask_share + random_share is {self.mask_share + self.random_share}, more than 1"
@@ -493,6 +526,7 @@ class Evaluation(Section):
 
 KINDS_OF_OBJECTIVE = {
     "masked_image": ("pair", "image"),
+    "masked_codes": ("pair", "image"),
     "masked_text": ("pair", "text"),
     "masked_pair": ("pair",),
     "contrast": ("pair",),
@@ -537,12 +571,32 @@ class Recipe(Section):
             self._check_pooled(stream, source, where)
         if not stream.objective.startswith("masked") or stream.objective == "masked_text":
             return
-        if self.model.decoder is None:
-            raise ValueError(f"{where} predicts pixels, but model.decoder is null")
         if self.model.num_patches < 2:
             raise ValueError(f"{where} masks patches, but an image of model.image_size is one patch")
+        if stream.image_input == "mask_token" and not self.model.mask_token:
+            raise ValueError(f"{where} has image_input mask_token, but model.mask_token is false")
+        if stream.image_target == "codes":
+            self._check_codes(where)
+        else:
+            self._check_pixels(stream, source, where)
+
+    def _check_pixels(self, stream: Stream, source: Source, where: str) -> None:
+        if self.model.decoder is None:
+            raise ValueError(f"{where} predicts pixels, but model.decoder is null")
+        if self.model.decoder.depth == 0 and stream.image_input == "visible":
+            raise ValueError(f"{where} has image_input visible, but model.decoder.depth is 0")
         if source.rand_augment:
             raise ValueError(f"{where} predicts pixels, but sources.{stream.source}.rand_augment is set")
+
+    def _check_codes(self, where: str) -> None:
+        if self.model.visual_codes is None:
+            raise ValueError(f"{where} predicts codes, but model.visual_codes is null")
+        if self.data.visual_tokenizer is None:
+            raise ValueError(f"{where} predicts codes, but data.visual_tokenizer is null")
+        if self.model.class_token_head is not None and self.model.relative_positions == "blocks":
+            raise ValueError(
+                f"{where} has model.class_token_head, which needs model.relative_positions shared or none"
+            )
 
     def _check_pooled(self, stream: Stream, source: Source, where: str) -> None:
         for head in ("contrast", "matching"):

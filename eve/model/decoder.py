@@ -74,10 +74,17 @@ class Decoder(nn.Module):
         self.tokens = layers.tokens
         self.prediction = nn.Linear(decoder.width, 3 * config.patch_size**2)
 
-    def forward(self, images_BID: Tensor, visible_BV: Tensor, masked_BM: Tensor) -> Tensor:
-        """Encoded class token and visible patches (B, 1 + V, D) -> pixels of the masked patches (B, M, C)."""
+    def forward(self, images_BID: Tensor, visible_BV: Tensor | None, masked_BM: Tensor) -> Tensor:
+        """Encoded class token and visible patches (B, 1 + V, D) -> pixels of the masked patches (B, M, C).
+
+        Without `visible_BV` all patches were encoded, with mask tokens in the encoder: none is added here.
+        """
+        if visible_BV is None:
+            x_BIW = self._blocks(self.embedding(images_BID) + self.positions.to(images_BID.dtype))
+            place_BMW = masked_BM[..., None].expand(-1, -1, x_BIW.shape[-1])
+            return self.prediction(self.norm(x_BIW[:, 1:].gather(1, place_BMW)))
         seen_BIW = self.embedding(images_BID)
-        num_samples, num_seen, width = seen_BIW.shape
+        num_samples, num_seen, _ = seen_BIW.shape
         num_masked = masked_BM.shape[1]
         mask_BMW = self.mask_token.expand(num_samples, num_masked, -1).to(seen_BIW.dtype)
         # Attention does not care for order: seen tokens, then masked ones, each with its position.
@@ -85,11 +92,12 @@ class Decoder(nn.Module):
         x_BIW = torch.cat([seen_BIW, mask_BMW], dim=1) + F.embedding(place_BI, self.positions).to(
             seen_BIW.dtype
         )
-        length = num_seen + num_masked
+        return self.prediction(self.norm(self._blocks(x_BIW)[:, num_seen:]))
+
+    def _blocks(self, x_BIW: Tensor) -> Tensor:
+        num_samples, length, _ = x_BIW.shape
         layout = TokenLayout.build([length] * num_samples, [0] * num_samples, x_BIW.device)
         x_TW, layout = self.tokens.split(x_BIW.flatten(0, 1), layout)
         for block in self.blocks:
             x_TW, _ = block(x_TW, layout, None)
-        x_TW = self.tokens.join(x_TW, layout)
-        masked_BMW = x_TW.view(num_samples, length, width)[:, num_seen:]
-        return self.prediction(self.norm(masked_BMW))
+        return self.tokens.join(x_TW, layout).view_as(x_BIW)

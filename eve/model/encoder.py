@@ -42,7 +42,8 @@ class EncoderOutput:
     Attributes:
         x_TD: after the final norm.
         routing: of the learned routers, one each.
-        early_TD: hidden states after block `early`, where that was asked for.
+        early_TD, last_TD: hidden states after block `early` and after the last one, before the norm, where
+            `early` was asked for.
         fusion: the same tokens on the path of fused pairs, where both paths were asked for.
     """
 
@@ -50,12 +51,16 @@ class EncoderOutput:
     layout: TokenLayout
     routing: list[RouterOutput]
     early_TD: Tensor | None = None
+    last_TD: Tensor | None = None
     fusion: EncoderOutput | None = None
+
+    def images_of(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (B, 1 + V, D): image tokens, class token first; all samples have the same number."""
+        return x_TD[: self.layout.num_image].view(self.layout.num_samples, -1, x_TD.shape[-1])
 
     @property
     def images_BID(self) -> Tensor:
-        """Image tokens, class token first; all samples have the same number."""
-        return self.x_TD[: self.layout.num_image].view(self.layout.num_samples, -1, self.x_TD.shape[-1])
+        return self.images_of(self.x_TD)
 
     @property
     def texts_ND(self) -> Tensor:
@@ -180,7 +185,8 @@ class Encoder(nn.Module):
             fusion_TD = self._blocks(range(branch, depth), x_TD, fused, index, shared := list(routing))
             fusion = EncoderOutput(self._finish(fusion_TD, fused), fused, shared)
             x_TD = self._blocks(range(branch, depth), x_TD, layout, index, routing)
-        return EncoderOutput(self._finish(x_TD, layout), layout, routing, early_TD, fusion)
+        last_TD = None if early is None else self.tokens.join(x_TD, layout)
+        return EncoderOutput(self._finish(x_TD, layout), layout, routing, early_TD, last_TD, fusion)
 
     def _blocks(
         self,

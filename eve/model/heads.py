@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from eve.config import ClassTokenHead as ClassTokenHeadConfig
 from eve.config import Contrast, FeedForward, Matching, Model
 from eve.model.block import Block
-from eve.model.layers import Layers, Norm
+from eve.model.layers import Layers, Norm, VocabLinear
 from eve.packing import TokenLayout
 from kernels.masked_text_loss import TextLoss
 
@@ -103,19 +103,23 @@ class ClassTokenHead(nn.Module):
         self.codes = None if config.shared or not model.visual_codes else CodeHead(model)
         self.tokens = layers.tokens
 
-    def forward(self, class_BD: Tensor, early_BID: Tensor, bias: Tensor | None) -> Tensor:
-        """Class token after the encoder (B, D) and early hidden states (B, 1 + P, D) -> (B, 1 + P, D), before
-        the norm. `bias`: of the attention logits, as the blocks of the encoder with shared positions have."""
+    def forward(
+        self, class_BD: Tensor, early_BID: Tensor, bias: Tensor | None, shared_norm: nn.Module
+    ) -> Tensor:
+        """Class token after the last block (B, D) and early hidden states (B, 1 + P, D) -> (B, 1 + P, D)
+        after a norm, its own or that of the encoder. `bias`: of the attention logits, as the blocks of the
+        encoder with shared positions have."""
         x_BID = torch.cat([class_BD[:, None], early_BID[:, 1:]], dim=1)
         num_samples, length, _ = x_BID.shape
         layout = TokenLayout.build([length] * num_samples, [0] * num_samples, x_BID.device)
         x_TD, layout = self.tokens.split(x_BID.flatten(0, 1), layout)
         for block in self.blocks:
             x_TD, _ = block(x_TD, layout, None, bias)
+        x_TD = (self.norm or shared_norm)(x_TD, layout)
         return self.tokens.join(x_TD, layout).view_as(x_BID)
 
 
-class CodeHead(nn.Linear):
+class CodeHead(VocabLinear):
     """From hidden states of patches to the codes of a visual tokenizer."""
 
     def __init__(self, config: Model):

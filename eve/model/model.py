@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eve.config import Model
 from eve.model.decoder import Decoder
@@ -34,6 +34,28 @@ class VisionLanguageModel(nn.Module):
     def encode(self, **inputs: Any) -> EncoderOutput:
         """See Encoder.forward."""
         return self.encoder(**inputs)
+
+    def class_token_hidden(self, encoded: EncoderOutput) -> Tensor:
+        """(B, 1 + P, D): what the class-token head makes of images that were encoded with
+        `early=config.class_token_head.early`, for `class_token_codes`."""
+        assert self.class_token_head is not None
+        assert encoded.early_TD is not None
+        assert encoded.last_TD is not None
+        early_BID = encoded.images_of(encoded.early_TD)
+        relative, bias = self.encoder.relative_positions, None
+        if relative is not None:
+            length = early_BID.shape[1]
+            bias = relative(relative.index_NN[:length, :length], 0)
+        class_BD = encoded.images_of(encoded.last_TD)[:, 0]
+        return self.class_token_head(class_BD, early_BID, bias, self.encoder.norm)
+
+    @property
+    def class_token_codes(self) -> CodeHead:
+        """Its own code head, or that of the encoder."""
+        assert self.class_token_head is not None
+        head = self.class_token_head.codes or self.code_head
+        assert head is not None
+        return head
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -1,5 +1,6 @@
-"""Masked image modelling (MAE within EVE): the encoder sees the visible patches and
-the complete text, the decoder predicts the pixels of the masked patches.
+"""Masked image modelling (MAE within EVE): the encoder sees the visible patches and the complete text, the
+decoder predicts the pixels of the masked patches. Or the encoder sees mask tokens among the visible patches,
+as EVE's ablation of its speed has it, and the decoder only says what the encoder has made of them.
 
 Shape suffixes: B sample, V visible patch, M masked patch, C pixels of a patch.
 """
@@ -16,7 +17,7 @@ from eve.data.batch import Batch, Masking
 from eve.data.tokenizer import Tokenizer
 from eve.model import VisionLanguageModel
 from eve.model.encoder import EncoderOutput
-from eve.objectives.masking import ImageMasking
+from eve.objectives.masking import ImageMasking, masked_patches
 from eve.objectives.output import ObjectiveOutput, with_routing
 from kernels.masked_pixel_loss import masked_pixel_loss, masked_pixels, patch_moments, pixel_target
 
@@ -54,16 +55,14 @@ class MaskedImage:
         return torch.full((), masked_BM.numel(), dtype=torch.float32, device=masked_BM.device)
 
     def _decode(self, model: VisionLanguageModel, batch: Batch) -> tuple[Tensor, EncoderOutput]:
-        mask = batch.masks[self.name]
         encoded = model.encode(
             images_BCHW=batch.images_BCHW,
-            visible_BV=mask["visible_V"],
             tokens_N=batch.tokens_N,
             text_lengths=batch.text_lengths,
             seed_B=batch.seed_B,
+            **pixel_inputs(model, batch, self.stream),
         )
-        assert model.decoder is not None
-        return model.decoder(encoded.images_BID, mask["visible_V"], mask["masked_M"]), encoded
+        return decode_pixels(model, encoded, batch, self.stream), encoded
 
     def __call__(
         self, model: VisionLanguageModel, batch: Batch, units: Tensor, aux_weight: float
@@ -83,6 +82,22 @@ class MaskedImage:
         normalised = self.stream.normalise_pixels
         target_BMC = pixel_target(raw_BMC, normalised)
         return ImagePrediction(pred_BMC.float(), target_BMC, raw_BMC, masked_BM, normalised)
+
+
+def pixel_inputs(model: VisionLanguageModel, batch: Batch, stream: Stream) -> dict[str, Tensor]:
+    """What the encoder is told of the mask of a stream that predicts pixels."""
+    mask = batch.masks[stream.name]
+    if stream.image_input == "visible":
+        return {"visible_BV": mask["visible_V"]}
+    return {"masked_BP": masked_patches(mask["masked_M"], model.config.num_patches)}
+
+
+def decode_pixels(model: VisionLanguageModel, encoded: EncoderOutput, batch: Batch, stream: Stream) -> Tensor:
+    """(B, M, C)."""
+    mask = batch.masks[stream.name]
+    visible_BV = mask["visible_V"] if stream.image_input == "visible" else None
+    assert model.decoder is not None
+    return model.decoder(encoded.images_BID, visible_BV, mask["masked_M"])
 
 
 def image_loss(

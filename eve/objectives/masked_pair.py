@@ -1,4 +1,5 @@
-"""Both inputs of a pair masked in one pass: the ablation of EVE's Table 5."""
+"""Both inputs of a pair masked in one pass: the ablation of EVE's Table 5, with pixels, and the objective of
+VL-MoE and BEiT-3 for pairs, with codes."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from eve.config import Model, Stream
 from eve.data.batch import Batch, Masking
 from eve.data.tokenizer import Tokenizer
 from eve.model import VisionLanguageModel
-from eve.objectives.masked_image import image_loss
+from eve.objectives.masked_codes import PatchCodes, code_inputs, code_loss
+from eve.objectives.masked_image import decode_pixels, image_loss, pixel_inputs
 from eve.objectives.masked_text import text_loss, text_masking
 from eve.objectives.masking import ImageMasking, PairMasking
 from eve.objectives.output import ObjectiveOutput, with_routing
@@ -17,12 +19,14 @@ from eve.packing import to_device
 
 
 class MaskedPair:
-    """The sum of the two means; its units are a vector, (masked patches, masked words)."""
+    """The sum of the two means; its units are a vector, (masked patches, masked words). `codes`: where these,
+    and not pixels, are the target."""
 
-    def __init__(self, stream: Stream, model: Model):
+    def __init__(self, stream: Stream, model: Model, codes: PatchCodes | None = None):
         self.name = stream.name
         self.stream = stream
         self.side = model.image_size // model.patch_size
+        self.codes = codes
 
     def masking(self, tokenizer: Tokenizer | None) -> Masking:
         image = ImageMasking(self.side, self.stream.image_ratio, self.stream.image_masking)
@@ -37,17 +41,23 @@ class MaskedPair:
         self, model: VisionLanguageModel, batch: Batch, units: Tensor, aux_weight: float
     ) -> ObjectiveOutput:
         mask = batch.masks[self.name]
+        if self.codes is None:
+            hidden = pixel_inputs(model, batch, self.stream)
+        else:
+            hidden = code_inputs(model, batch, self.name)
         encoded = model.encode(
             images_BCHW=batch.images_BCHW,
-            visible_BV=mask["visible_V"],
             tokens_N=mask["input_N"],
             text_lengths=batch.text_lengths,
             seed_B=batch.seed_B,
+            **hidden,
         )
-        assert model.decoder is not None
-        pred_BMC = model.decoder(encoded.images_BID, mask["visible_V"], mask["masked_M"])
-        patch_size = model.config.patch_size
-        image, image_metrics = image_loss(pred_BMC, batch, mask["masked_M"], patch_size, self.stream)
+        if self.codes is None:
+            pred_BMC = decode_pixels(model, encoded, batch, self.stream)
+            patch_size = model.config.patch_size
+            image, image_metrics = image_loss(pred_BMC, batch, mask["masked_M"], patch_size, self.stream)
+        else:
+            image, image_metrics = code_loss(model, encoded, batch, self.name, self.codes(batch))
         text, text_metrics = text_loss(model, encoded, batch, self.stream)
         metrics = {f"image_{k}": v for k, v in image_metrics.items()}
         metrics |= {f"text_{k}": v for k, v in text_metrics.items()}

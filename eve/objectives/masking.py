@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from eve.data.batch import Sample
 
@@ -98,6 +100,12 @@ def rectangles(
             placed.append((top, left, height, width))
             misses = 0
     return placed
+
+
+def masked_patches(masked_BM: Tensor, num_patches: int) -> Tensor:
+    """bool (B, P): true at the patches of that index."""
+    masked_BP = torch.zeros(len(masked_BM), num_patches, dtype=torch.bool, device=masked_BM.device)
+    return masked_BP.scatter_(1, masked_BM, True)
 
 
 @dataclass(frozen=True)

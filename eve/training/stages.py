@@ -45,7 +45,10 @@ def build_stage(
     if recipe.training.compile:
         model.compile_blocks()
     pool = pool_of(topology)
-    objectives = {stream.name: build_objective(stream, recipe.model, pool) for stream in stage.streams}
+    objectives = {
+        stream.name: build_objective(stream, recipe.model, pool, recipe.data.visual_tokenizer)
+        for stream in stage.streams
+    }
     return EngineModule(model, objectives, topology)
 
 
