@@ -66,13 +66,18 @@ def our_products(given: Bank) -> Call:
 
 
 def with_products(product: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """The feed-forward by somebody's grouped product of (rows, weights, ends)."""
+    """The feed-forward by somebody's grouped product of (rows, weights, ends).
+
+    Biases are a product with the one-hot of the experts: indexing would sum their gradients in bf16, which
+    stands still at some hundreds.
+    """
 
     def function(x_ND, w1_EDF, b1_EF, w2_EFD, b2_ED, offsets_E) -> Tensor:
         row_N = torch.arange(x_ND.shape[0], device=x_ND.device)
         expert_N = torch.searchsorted(offsets_E, row_N, right=True)
-        h_NF = F.gelu(product(x_ND, w1_EDF, offsets_E) + b1_EF[expert_N])
-        return product(h_NF, w2_EFD, offsets_E) + b2_ED[expert_N]
+        one_hot_NE = F.one_hot(expert_N, offsets_E.shape[0]).to(x_ND.dtype)
+        h_NF = F.gelu(product(x_ND, w1_EDF, offsets_E) + one_hot_NE @ b1_EF)
+        return product(h_NF, w2_EFD, offsets_E) + one_hot_NE @ b2_ED
 
     return function
 
