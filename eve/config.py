@@ -156,8 +156,14 @@ class Decoder(Section):
     depth: int = Field(default=8, ge=0)
     width: int = Field(default=512, ge=1)
     heads: int = Field(default=16, ge=1)
+    # Of the feed-forwards; null is 4 * width.
+    hidden: int | None = Field(default=None, ge=1)
     # sine_cosine: the fixed 2-D table of MAE. learned: a table of weights.
     positions: Literal["sine_cosine", "learned"] = "sine_cosine"
+
+    @property
+    def hidden_width(self) -> int:
+        return self.hidden or 4 * self.width
 
 
 class Contrast(Section):
@@ -252,6 +258,14 @@ class Model(Section):
         fused = (b for b in range(self.depth) if _fuses(self.feed_forward_of(b)))
         return next(fused, self.depth)
 
+    @property
+    def row_sizes(self) -> dict[str, int]:
+        """Numbers in a row of the hidden states, by key."""
+        sizes = {"width": self.width, "hidden": self.hidden}
+        if self.decoder:
+            sizes |= {"decoder.width": self.decoder.width, "decoder.hidden": self.decoder.hidden_width}
+        return sizes
+
     def feed_forward_of(self, block: int) -> FeedForward:
         return next(ff for ff in self.feed_forward if block in ff.blocks)
 
@@ -261,17 +275,12 @@ class Model(Section):
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
             )
-        for name, size in (("width", self.width), ("hidden", self.hidden)):
-            if size % 8:
-                raise ValueError(f"{name} {size} is not a multiple of 8 (rows of 16 bytes in bf16)")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.decoder and self.decoder.width % self.decoder.heads:
             raise ValueError(
                 f"decoder.width {self.decoder.width} is not a multiple of decoder.heads {self.decoder.heads}"
             )
-        if self.decoder and self.decoder.width % 8:
-            raise ValueError(f"decoder.width {self.decoder.width} is not a multiple of 8")
         if self.class_token_head and (self.visual_codes is None or self.class_token_head.early >= self.depth):
             raise ValueError(
                 f"class_token_head needs visual_codes and early < depth, found {self.visual_codes} codes and "
@@ -553,6 +562,9 @@ class Recipe(Section):
         for stage in self.stages:
             for stream in stage.streams:
                 self._check_stream(stream, f"stream {stream.name} of stage {stage.name}")
+        for name, size in self.model.row_sizes.items():
+            if size % 8:
+                raise ValueError(f"model.{name} {size} is not a multiple of 8 (rows of 16 bytes in bf16)")
         return self
 
     def _check_stream(self, stream: Stream, where: str) -> None:

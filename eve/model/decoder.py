@@ -62,7 +62,7 @@ class Decoder(nn.Module):
             Block(
                 decoder.width,
                 decoder.heads,
-                4 * decoder.width,
+                decoder.hidden_width,
                 shared,
                 index=index,
                 config=plain,
@@ -74,10 +74,13 @@ class Decoder(nn.Module):
         self.tokens = layers.tokens
         self.prediction = nn.Linear(decoder.width, 3 * config.patch_size**2)
 
-    def forward(self, images_BID: Tensor, visible_BV: Tensor | None, masked_BM: Tensor) -> Tensor:
+    def forward(
+        self, images_BID: Tensor, visible_BV: Tensor | None, masked_BM: Tensor, visible_too: bool = False
+    ) -> Tensor:
         """Encoded class token and visible patches (B, 1 + V, D) -> pixels of the masked patches (B, M, C).
 
         Without `visible_BV` all patches were encoded, with mask tokens in the encoder: none is added here.
+        With it and `visible_too` the pixels of the visible patches come before them, (B, V + M, C).
         """
         if visible_BV is None:
             x_BIW = self._blocks(self.embedding(images_BID) + self.positions.to(images_BID.dtype))
@@ -92,7 +95,7 @@ class Decoder(nn.Module):
         x_BIW = torch.cat([seen_BIW, mask_BMW], dim=1) + F.embedding(place_BI, self.positions).to(
             seen_BIW.dtype
         )
-        return self.prediction(self.norm(self._blocks(x_BIW)[:, num_seen:]))
+        return self.prediction(self.norm(self._blocks(x_BIW)[:, 1 if visible_too else num_seen :]))
 
     def _blocks(self, x_BIW: Tensor) -> Tensor:
         num_samples, length, _ = x_BIW.shape

@@ -127,7 +127,7 @@ def pass_bytes(model: Model, layout: Layout, one: Pass) -> tuple[float, float]:
     if one.num_masked_patches:
         assert model.decoder is not None
         narrow = model.decoder.width
-        numbers = block_numbers(narrow, 4 * narrow, layout, gains=False)
+        numbers = block_numbers(narrow, model.decoder.hidden_width, layout, gains=False)
         total += item * one.num_decoder_tokens * (model.decoder.depth * numbers + 2 * narrow)
         # The encoder's output, an input of the decoder; normed masked patches; differences of pixels in fp32.
         total += item * tokens * width

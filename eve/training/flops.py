@@ -121,10 +121,10 @@ def forward_flops(
         assert model.decoder is not None
         narrow, seen = model.decoder.width, num_samples * num_image
         length = num_image + num_masked_patches
-        # Attention projections 4 W^2, feed-forward 2 * 4 W^2 multiply-adds per token.
-        per_block = 2 * 12 * narrow**2 * num_samples * length + _attention_flops(
-            narrow, [length] * num_samples
-        )
+        # Multiply-adds per token: projections of attention 4 W^2, feed-forward 2 W F.
+        per_token = 4 * narrow**2 + 2 * narrow * model.decoder.hidden_width
+        attention = _attention_flops(narrow, [length] * num_samples)
+        per_block = 2 * per_token * num_samples * length + attention
         decoder = (
             2 * seen * width * narrow
             + model.decoder.depth * per_block
