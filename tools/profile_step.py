@@ -24,103 +24,28 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from eve.config import FeedForward, Model, Recipe, load_recipe
-from eve.data.batch import Batch, Sample, collate
-from eve.data.tokenizer import SPECIALS, Tokenizer
+from eve.data.batch import Batch
 from eve.errors import UserError
 from eve.model import build_model
 from eve.objectives import build_objective
 from eve.parallel.topology import Topology
 from eve.training.flops import batch_flops, mfu, peak_flops
-from tools.benchmark_step import engine_step, held_out_samples, plain_step
+from tools.benchmark_step import engine_step, plain_step
 from tools.kernel_groups import routers_named, seconds_by_group
+from tools.step_samples import Samples
 
 Step = Callable[[Batch], None]
-CAPTION_TOKENS = (8, 20)  # [CLS] and [SEP] included
 NUM_BATCHES = 2
 WARM_UP = 3
 PROFILED = 3
-
-
-# ------------------------------------------------------------------------------------------------- samples
-
-
-@dataclass(frozen=True)
-class GeneratedVocabulary:
-    """What masking needs of a tokenizer; every third piece begins a word."""
-
-    vocab_size: int
-
-    @property
-    def mask_id(self) -> int:
-        return SPECIALS.index("[MASK]")
-
-    @property
-    def special_V(self) -> np.ndarray:
-        return np.arange(self.vocab_size) < len(SPECIALS)
-
-    @property
-    def word_start_V(self) -> np.ndarray:
-        return np.arange(self.vocab_size) % 3 == 0
-
-
-def generated_samples(recipe: Recipe, indices: range) -> list[Sample]:
-    """Noise for pictures, and captions of random words; from the recipe's seed and the sample's index."""
-    model, stage = recipe.model, recipe.stages[0]
-    vocabulary = cast(Tokenizer, GeneratedVocabulary(model.vocab_size))
-    maskings = {s.name: build_objective(s, model).masking(vocabulary) for s in stage.streams}
-    shortest, longest = (min(tokens, model.max_text_length) for tokens in CAPTION_TOKENS)
-    cls, sep = SPECIALS.index("[CLS]"), SPECIALS.index("[SEP]")
-    samples = []
-    for index in indices:
-        rng = np.random.default_rng([recipe.seed, index])
-        words = rng.integers(len(SPECIALS), model.vocab_size, rng.integers(shortest, longest + 1) - 2)
-        image = rng.integers(0, 256, (3, model.image_size, model.image_size), dtype=np.uint8)
-        sample = Sample(
-            str(index),
-            0,
-            index,
-            index,
-            image_CHW=image,
-            tokens_N=np.array([cls, *words, sep], dtype=np.int64),
-        )
-        masks = {name: masking(sample, rng) for name, masking in maskings.items()}
-        samples.append(Sample(**{**vars(sample), "masks": masks}))
-    return samples
-
-
-class Samples:
-    """Batches of any size on the device; real samples are repeated where they are too few."""
-
-    def __init__(self, recipe: Recipe, device: torch.device):
-        self.recipe, self.device = recipe, device
-        self.samples: list[Sample] = []
-        try:
-            tokenizer = Tokenizer.load(recipe.data.tokenizer)
-            self.samples = list(islice(held_out_samples(recipe, tokenizer), 4096))
-            self.kind = f"{len(self.samples)} real pairs"
-        except UserError as error:
-            self.kind = (
-                f"generated pictures and captions of {CAPTION_TOKENS[0]} to {CAPTION_TOKENS[1]} tokens"
-            )
-            self.kind += f" ({error})"
-        self.real = bool(self.samples)
-
-    def batch(self, size: int, number: int = 0) -> Batch:
-        first, last = number * size, (number + 1) * size
-        if not self.real and len(self.samples) < last:
-            self.samples += generated_samples(self.recipe, range(len(self.samples), last))
-        chosen = [self.samples[index % len(self.samples)] for index in range(first, last)]
-        return collate(chosen).to(self.device)
 
 
 # ------------------------------------------------------------------------------------------ largest batch

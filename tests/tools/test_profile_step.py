@@ -14,16 +14,14 @@ from tests.tiny import tiny_recipe
 from tools.benchmark_step import plain_step
 from tools.kernel_groups import GROUPS, routers_named, seconds_by_group
 from tools.profile_step import (
-    CAPTION_TOKENS,
-    Samples,
     dense_twin,
-    generated_samples,
     largest_batch,
     layer_seconds,
     layer_with_inputs,
     main,
     without_routed_experts,
 )
+from tools.step_samples import CAPTION_TOKENS, Samples, generated_samples
 
 CPU = torch.device("cpu")
 
