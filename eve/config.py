@@ -312,6 +312,8 @@ class Source(Section):
     mix: tuple[Shards, ...] = Field(min_length=1)
     # Global: samples of a step over all ranks and all micro-batches.
     batch_size: int = Field(ge=1)
+    # Longest text in tokens, where it is not model.max_text_length.
+    max_text_length: int | None = Field(default=None, ge=3)
     # Share of the area kept by the random crop; the flip has probability 1/2.
     crop_scale: tuple[float, float] = (0.5, 1.0)
     flip: bool = True
@@ -448,6 +450,9 @@ class Stage(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     # Name patterns (fnmatch) of the parameters that learn.
     trainable: tuple[str, ...] = ("*",)
+    # Where it is not optimizer.weight_decay. With 0, experts that no token of the stage meets stay as they are:
+    # the experts of a layer are one parameter, and decay would shrink what has no gradient.
+    weight_decay: float | None = Field(default=None, ge=0)
     # Directory of exported weights to start from; null goes on from the stage before, or from the seed.
     init_from: str | None = None
 
@@ -572,6 +577,11 @@ class Recipe(Section):
         if source is None:
             raise ValueError(
                 f"{where} reads the source '{stream.source}', expected one of {sorted(self.data.sources)}"
+            )
+        if (source.max_text_length or 0) > self.model.text_positions:
+            raise ValueError(
+                f"sources.{stream.source}.max_text_length {source.max_text_length} is more than "
+                f"model.text_positions {self.model.text_positions}"
             )
         kinds = KINDS_OF_OBJECTIVE[stream.objective]
         if source.kind not in kinds:

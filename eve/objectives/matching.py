@@ -82,7 +82,7 @@ class Examples:
     number: int
 
 
-def make_examples(batch: Batch, drawn: Drawn, max_text_length: int, pool: Pool) -> Examples:
+def make_examples(batch: Batch, drawn: Drawn, pool: Pool) -> Examples:
     """Brings the negatives from their ranks; each pixel and word that is sent is used."""
     images, tokens, size = batch.images_BCHW, batch.tokens_N, batch.size
     assert images is not None
@@ -93,10 +93,11 @@ def make_examples(batch: Batch, drawn: Drawn, max_text_length: int, pool: Pool) 
     facts = np.asarray(pool.gather(facts_B5).tolist())  # the wait
     wanted_images, wanted_texts = (facts[:, i].reshape(pool.size, size) for i in (0, 1))
     negative_lengths = facts[wanted_texts[pool.rank], 2].tolist()
-    padded_BL = tokens.new_zeros(size, max_text_length)
-    padded_BL.view(-1)[_slots(batch.text_lengths, max_text_length, device)] = tokens
+    longest = int(facts[:, 2].max())
+    padded_BL = tokens.new_zeros(size, longest)
+    padded_BL.view(-1)[_slots(batch.text_lengths, longest, device)] = tokens
     fetched_BL = pool.fetch(padded_BL, wanted_texts)
-    negative_tokens = fetched_BL.flatten()[_slots(negative_lengths, max_text_length, device)]
+    negative_tokens = fetched_BL.flatten()[_slots(negative_lengths, longest, device)]
     seeds = [random.mix(batch.seed_B, _FUSED + part) for part in range(3)]
     ones_B = torch.ones(size, device=device)
     return Examples(
@@ -132,7 +133,7 @@ def match(
     So divided by the pairs of the step it is the mean over the examples of the pass by its share of the step.
     """
     assert model.matching is not None
-    examples = make_examples(batch, drawn, model.config.max_text_length, pool)
+    examples = make_examples(batch, drawn, pool)
     encoded = model.encode(
         images_BCHW=examples.images_XCHW,
         tokens_N=examples.tokens_N,

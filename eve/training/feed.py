@@ -67,12 +67,13 @@ class StepFeed:
         # Iterators of SourceStream, which have a `close` besides.
         self._sources: dict[str, Any] = {}
         for name in sorted({stream.source for stream in stage.streams}):
+            source = recipe.data.sources[name]
             stream = SourceStream(
-                recipe.data.sources[name],
+                source,
                 recipe.data,
                 seed=recipe.seed,
                 image_size=recipe.model.image_size,
-                max_text_length=recipe.model.max_text_length,
+                max_text_length=source.max_text_length or recipe.model.max_text_length,
                 tokenizer=tokenizer,
                 maskings={
                     stream.name: objectives[stream.name].masking(tokenizer)
