@@ -235,7 +235,7 @@ def _(x_TD, row_token_N, token_row_TK, vector_MD, modality_T) -> Tensor:
 
 
 @torch.library.custom_op("eve_kernels::dispatch_backward", mutates_args=())
-def _dispatch_backward(
+def dispatch_backward(
     grad_ND: Tensor, token_row_TK: Tensor, num_vectors: int, modality_T: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     if not use_triton(grad_ND):
@@ -266,7 +266,7 @@ def _dispatch_backward(
     return grad_TD, sums_PMD.sum(0)
 
 
-@_dispatch_backward.register_fake
+@dispatch_backward.register_fake
 def _(grad_ND, token_row_TK, num_vectors, modality_T) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(grad_ND.dtype, torch.float32)
     width = grad_ND.shape[1]
@@ -282,7 +282,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
     token_row_TK, modality_T = ctx.saved_tensors
     num_vectors, dtype = ctx.vector or (0, None)
-    grad_TD, grad_MD = _dispatch_backward(grad_ND, token_row_TK, num_vectors, modality_T)
+    grad_TD, grad_MD = dispatch_backward(grad_ND, token_row_TK, num_vectors, modality_T)
     return grad_TD, None, None, None if dtype is None else grad_MD.to(dtype), None
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kernels import megablocks_products
 from kernels.backend import CompileCase, divide_up, jit, power_of_2, rows_of, tl, use_triton
+from kernels.row_tiles import rows_or_zero
 
 ACTIVATIONS = {"none": 0, "gelu": 1, "quick_gelu": 2}
 
@@ -85,7 +86,7 @@ def finish(total, bias, z, out, bias_row, at, in_row, column, num_outputs, ACTIV
 
 @jit
 def product_kernel(
-    x, weight, bias, offsets, z, out, num_experts, num_inputs, num_outputs,
+    x, index, weight, bias, offsets, z, out, num_experts, num_inputs, num_outputs,
     x_stride, weight_e, weight_i, weight_o,
     ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
     BLOCK_E: tl.constexpr, EVEN_I: tl.constexpr,
@@ -99,9 +100,13 @@ def product_kernel(
     first_column = (tl.program_id(0) % column_tiles).to(tl.int64) * BLOCK_O
     column = first_column + tl.arange(0, BLOCK_O)
     i = tl.arange(0, BLOCK_I).to(tl.int64)
-    x_tile = x + row[:, None] * x_stride + i[None, :]
+    source, in_row = row, (row < end)[:, None]
+    if index is not None:
+        source = tl.load(index + row, mask=row < end, other=-1)
+        in_row = (source >= 0)[:, None]
+    x_tile = x + source[:, None] * x_stride + i[None, :]
     weight_tile = weight + expert * weight_e + i[:, None] * weight_i + column[None, :] * weight_o
-    in_row, in_column = (row < end)[:, None], (column < num_outputs)[None, :]
+    in_column = (column < num_outputs)[None, :]
     step = tl.full((), BLOCK_I, tl.int64) * weight_i
     total = tl.zeros((BLOCK_N, BLOCK_O), tl.float32)
     for begin in range(0, num_inputs, BLOCK_I):
@@ -143,7 +148,7 @@ def epilogue_kernel(
 
 @jit
 def weight_gradient_kernel(
-    x, grad, offsets, out, num_inputs, num_outputs, x_stride, grad_stride,
+    x, index, grad, offsets, out, num_inputs, num_outputs, x_stride, grad_stride,
     BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1).to(tl.int64)
@@ -157,7 +162,11 @@ def weight_gradient_kernel(
     for begin in range(first, end, BLOCK_N):
         row = begin + tl.arange(0, BLOCK_N).to(tl.int64)
         in_row = row < end
-        a = tl.load(x + row[None, :] * x_stride + i[:, None], mask=in_row[None, :] & in_i, other=0.0)
+        source, in_source = row, in_row
+        if index is not None:
+            source = tl.load(index + row, mask=in_row, other=-1)
+            in_source = source >= 0
+        a = tl.load(x + source[None, :] * x_stride + i[:, None], mask=in_source[None, :] & in_i, other=0.0)
         b = tl.load(
             grad + row[:, None] * grad_stride + column[None, :], mask=in_row[:, None] & in_column, other=0.0
         )
@@ -222,13 +231,18 @@ def grouped_product(
     keep: bool = False,
     products: str = "auto",
     sizes_E: Tensor | None = None,
+    index_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(activation(z), and z if it is to be kept) with z = x W + b; any strides of the weights.
 
-    `sizes_E`: rows of each expert on the host, for megablocks.
+    `sizes_E`: rows of each expert on the host, for megablocks. `index_N`: int64, row n is x_NI[index_N[n]],
+    or zero for -1; the kernel here reads it there, the others are given a copy.
     """
     num_experts, num_inputs, num_outputs = weight_EIO.shape
     chosen = multiplier(products, num_inputs, num_outputs, of=x_NI)
+    if index_N is not None and not (chosen == "triton" and use_triton(x_NI)):
+        x_NI, index_N = rows_or_zero(x_NI, index_N), None
+    num_rows = (x_NI if index_N is None else index_N).shape[0]
     if not use_triton(x_NI):
         z_NO = x_NI.new_zeros(x_NI.shape[0], num_outputs)
         for e, rows in enumerate(ranges(offsets_E)):
@@ -240,7 +254,7 @@ def grouped_product(
     x_NI = rows_of(x_NI)
     bias_EO = None if bias_EO is None else bias_EO.contiguous()
     block_e, kind = power_of_2(num_experts), ACTIVATIONS[activation]
-    if not x_NI.shape[0]:
+    if not num_rows:
         return x_NI.new_empty(0, num_outputs), x_NI.new_empty(0, num_outputs) if keep else None
     if chosen != "triton":
         if chosen == "megablocks":
@@ -251,18 +265,18 @@ def grouped_product(
             z_NO = F.grouped_mm(x_NI, weight_EIO, offs=offsets_E)
         out_NO = torch.empty_like(z_NO) if keep else z_NO
         if bias_EO is not None or kind:
-            row_tiles = divide_up(x_NI.shape[0], EPILOGUE_TILE["BLOCK_N"]) + num_experts
+            row_tiles = divide_up(num_rows, EPILOGUE_TILE["BLOCK_N"]) + num_experts
             epilogue_kernel[(row_tiles, divide_up(num_outputs, EPILOGUE_TILE["BLOCK_O"]))](
                 z_NO, bias_EO, offsets_E, z_NO if keep else None, out_NO, num_experts, num_outputs,
                 ACTIVATION=kind, BLOCK_E=block_e, **EPILOGUE_TILE,
             )  # fmt: skip
         return out_NO, z_NO if keep else None
-    out_NO = x_NI.new_empty(x_NI.shape[0], num_outputs)
+    out_NO = x_NI.new_empty(num_rows, num_outputs)
     z_NO = torch.empty_like(out_NO) if keep else None
     tile = tile_of(x_NI, num_inputs, num_outputs, activation=activation)
-    row_tiles = divide_up(x_NI.shape[0], tile["BLOCK_N"]) + num_experts
+    row_tiles = divide_up(num_rows, tile["BLOCK_N"]) + num_experts
     product_kernel[(row_tiles * divide_up(num_outputs, tile["BLOCK_O"]),)](
-        x_NI, weight_EIO, bias_EO, offsets_E, z_NO, out_NO,
+        x_NI, index_N, weight_EIO, bias_EO, offsets_E, z_NO, out_NO,
         num_experts, num_inputs, num_outputs, x_NI.stride(0), *weight_EIO.stride(),
         ACTIVATION=kind, BLOCK_E=block_e, EVEN_I=num_inputs % tile["BLOCK_I"] == 0, **tile,
     )  # fmt: skip
@@ -279,13 +293,16 @@ def grouped_weight_gradient(
     offsets_E: Tensor,
     products: str = "auto",
     sizes_E: Tensor | None = None,
+    index_N: Tensor | None = None,
 ) -> Tensor:
-    """(E, I, O): x^T grad over the rows of each expert; zero where it has none."""
+    """(E, I, O): x^T grad over the rows of each expert; zero where it has none. `index_N` as above."""
+    chosen = multiplier(products, x_NI.shape[1], grad_NO.shape[1], of=x_NI)
+    if index_N is not None and not (chosen == "triton" and use_triton(x_NI)):
+        x_NI, index_N = rows_or_zero(x_NI, index_N), None
     if not use_triton(x_NI):
         return torch.stack([x_NI[rows].t() @ grad_NO[rows] for rows in ranges(offsets_E)])
     x_NI, grad_NO = rows_of(x_NI), rows_of(grad_NO)
     num_inputs, num_outputs, num_experts = x_NI.shape[1], grad_NO.shape[1], offsets_E.shape[0]
-    chosen = multiplier(products, num_inputs, num_outputs, of=x_NI)
     if x_NI.shape[0] and chosen == "megablocks":
         return megablocks_products.weight_gradient(x_NI, grad_NO, _on_host(offsets_E, sizes_E))
     if x_NI.shape[0] and chosen == "grouped_mm":
@@ -295,8 +312,9 @@ def grouped_weight_gradient(
     tile = {**tile, "BLOCK_N": tile["BLOCK_I"], "BLOCK_I": tile["BLOCK_N"]}
     tiles = divide_up(num_inputs, tile["BLOCK_I"]) * divide_up(num_outputs, tile["BLOCK_O"])
     weight_gradient_kernel[(tiles, num_experts)](
-        x_NI, grad_NO, offsets_E, out_EIO, num_inputs, num_outputs, x_NI.stride(0), grad_NO.stride(0), **tile
-    )
+        x_NI, index_N, grad_NO, offsets_E, out_EIO, num_inputs, num_outputs,
+        x_NI.stride(0), grad_NO.stride(0), **tile,
+    )  # fmt: skip
     return out_EIO
 
 
@@ -304,22 +322,46 @@ _PRODUCT = {
     "x": "*bf16", "weight": "*bf16", "bias": "*bf16", "offsets": "*i32", "z": "*bf16", "out": "*bf16",
     "num_experts": "i32", "num_inputs": "i32", "num_outputs": "i32", "x_stride": "i32", "weight_e": "i32",
 }  # fmt: skip
+_WEIGHT_GRADIENT = {
+    "x": "*bf16", "grad": "*bf16", "offsets": "*i32", "out": "*bf16", "num_inputs": "i32",
+    "num_outputs": "i32", "x_stride": "i32", "grad_stride": "i32",
+}  # fmt: skip
 _BF16 = {"BLOCK_N": 128, "BLOCK_I": 64}
 COMPILE_CASES = [
     CompileCase(
         name="grouped_linear, gelu, z kept",
         kernel=product_kernel,
         types={**_PRODUCT, "weight_i": "i32"},
+        constants={
+            "index": None, "weight_o": 1, "ACTIVATION": 1, "BLOCK_E": 32, "EVEN_I": True, "BLOCK_O": 128,
+            **_BF16,
+        },
+        num_warps=8,
+        aligned=("num_inputs", "num_outputs", "x_stride", "weight_e", "weight_i"),
+    ),
+    CompileCase(
+        name="grouped_linear, gelu, z kept, rows by index",
+        kernel=product_kernel,
+        types={**_PRODUCT, "index": "*i64", "weight_i": "i32"},
         constants={"weight_o": 1, "ACTIVATION": 1, "BLOCK_E": 32, "EVEN_I": True, "BLOCK_O": 128, **_BF16},
         num_warps=8,
         aligned=("num_inputs", "num_outputs", "x_stride", "weight_e", "weight_i"),
+    ),
+    CompileCase(
+        name="grouped_linear, gradient of W, rows by index",
+        kernel=weight_gradient_kernel,
+        types={**_WEIGHT_GRADIENT, "index": "*i64"},
+        constants={"BLOCK_N": 64, "BLOCK_I": 128, "BLOCK_O": 256},
+        num_warps=8,
+        aligned=("num_inputs", "num_outputs", "x_stride", "grad_stride"),
     ),
     CompileCase(
         name="grouped_linear, bias alone",
         kernel=product_kernel,
         types={**{n: t for n, t in _PRODUCT.items() if n != "z"}, "weight_i": "i32"},
         constants={
-            "z": None, "weight_o": 1, "ACTIVATION": 0, "BLOCK_E": 32, "EVEN_I": True, "BLOCK_O": 256, **_BF16,
+            "index": None, "z": None, "weight_o": 1, "ACTIVATION": 0, "BLOCK_E": 32, "EVEN_I": True,
+            "BLOCK_O": 256, **_BF16,
         },
         num_warps=8,
         aligned=("num_inputs", "num_outputs", "x_stride", "weight_e", "weight_i"),
@@ -329,8 +371,8 @@ COMPILE_CASES = [
         kernel=product_kernel,
         types={**{n: t for n, t in _PRODUCT.items() if n not in ("bias", "z")}, "weight_o": "i32"},
         constants={
-            "bias": None, "z": None, "weight_i": 1, "ACTIVATION": 0, "BLOCK_E": 32, "EVEN_I": True,
-            "BLOCK_O": 256, **_BF16,
+            "index": None, "bias": None, "z": None, "weight_i": 1, "ACTIVATION": 0, "BLOCK_E": 32,
+            "EVEN_I": True, "BLOCK_O": 256, **_BF16,
         },
         num_warps=8,
         aligned=("num_inputs", "num_outputs", "x_stride", "weight_e", "weight_o"),
@@ -340,7 +382,7 @@ COMPILE_CASES = [
         kernel=product_kernel,
         types={**_PRODUCT, "weight_i": "i32"},
         constants={
-            "weight_o": 1, "ACTIVATION": 1, "BLOCK_E": 32, "EVEN_I": False,
+            "index": None, "weight_o": 1, "ACTIVATION": 1, "BLOCK_E": 32, "EVEN_I": False,
             "BLOCK_N": 64, "BLOCK_I": 32, "BLOCK_O": 64,
         },
         num_stages=2,
@@ -358,11 +400,8 @@ COMPILE_CASES = [
     CompileCase(
         name="grouped_linear, gradient of W",
         kernel=weight_gradient_kernel,
-        types={
-            "x": "*bf16", "grad": "*bf16", "offsets": "*i32", "out": "*bf16", "num_inputs": "i32",
-            "num_outputs": "i32", "x_stride": "i32", "grad_stride": "i32",
-        },
-        constants={"BLOCK_N": 64, "BLOCK_I": 128, "BLOCK_O": 256},
+        types=_WEIGHT_GRADIENT,
+        constants={"index": None, "BLOCK_N": 64, "BLOCK_I": 128, "BLOCK_O": 256},
         num_warps=8,
         aligned=("num_inputs", "num_outputs", "x_stride", "grad_stride"),
     ),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.expert_feed_forward import expert_feed_forward, grouped_activation_gradient
+from tests.kernels.rows import placed
 from tests.kernels.test_grouped_linear import BOTH, half
 
 # Rows, width, hidden width, ends of the experts' rows.
@@ -70,6 +71,32 @@ def check(
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_rows_and_gradients(path: str, case, products: str):
     check(case, *drawn(case, path), "gelu", products, rtol=1e-4, atol=1e-4)
+
+
+@BOTH
+@pytest.mark.parametrize("drop", [0.0, 0.4])
+def test_tokens_read_by_index_equal_rows_of_dispatch(path: str, products: str, drop: float):
+    """Padded to 8 rows an expert, against indexing in fp64."""
+    row_token_N, token_row_TK, end = placed(37, 4, 2, drop=drop, align=8)
+    owner_N = torch.full((len(row_token_N),), -1)
+    owner_N[:end] = row_token_N[:end]
+    # Rows of each expert: `placed` draws alike.
+    leaves, _ = drawn((37, 16, 24, [0, 0, 0, 0]), path)
+    ends = [end // 8 * 2, end // 8 * 4, end // 8 * 6, end]
+    offsets_E = torch.tensor(ends, dtype=torch.int32, device=path)
+    found = expert_feed_forward(  # pyright: ignore
+        *leaves, offsets_E, "gelu", products, row_token_N.to(path), token_row_TK.to(path)
+    )
+    wide = [leaf.detach().double().cpu().requires_grad_() for leaf in leaves]
+    rows_ND = wide[0][owner_N.clamp_min(0)] * (owner_N >= 0)[:, None]
+    exact = oracle([rows_ND, *wide[1:]], ends, "gelu")
+    grad_ND = torch.randn(found.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    grad_ND[owner_N < 0] = 0  # as combine's backward leaves padding
+    torch.testing.assert_close(found[:end].double().cpu(), exact.detach(), rtol=1e-4, atol=1e-4)
+    exact.backward(grad_ND[:end])
+    found.backward(grad_ND.to(found))
+    for leaf, twin in zip(leaves, wide, strict=True):
+        torch.testing.assert_close(leaf.grad.double().cpu(), twin.grad, rtol=1e-4, atol=1e-4)  # pyright: ignore
 
 
 def test_quick_gelu(path: str):

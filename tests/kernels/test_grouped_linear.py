@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -122,6 +124,31 @@ def test_rows_that_are_not_contiguous(path: str, products: str):
         torch.testing.assert_close(found[:135].double().cpu(), exact, rtol=1e-5, atol=1e-5)
 
 
+@BOTH
+@EACH
+def test_rows_by_index(path: str, case, products: str):
+    """Of 40 tokens, as dispatch would lay them; -1 is a row of zeros, and rows of nobody name any token."""
+    _, weight_EIO, bias_EO, offsets_E = drawn(case, path)
+    generator = torch.Generator().manual_seed(4)
+    x_TI = torch.randn(40, case[1], generator=generator)
+    index_N = torch.randint(-1, 40, (case[0],), generator=generator)
+    rows_NI = torch.zeros(case[0], case[1])
+    for n, token in enumerate(index_N.tolist()):
+        if token >= 0:
+            rows_NI[n] = x_TI[token]
+    how: dict[str, Any] = {"products": products, "index_N": index_N.to(path)}
+    ends, last = case[3], case[3][-1]
+    found, _ = grouped_product(x_TI.to(path), weight_EIO, offsets_E, bias_EO, "gelu", **how)
+    exact = oracle(rows_NI, weight_EIO, bias_EO, ends, "gelu")
+    torch.testing.assert_close(found[:last].double().cpu(), exact, rtol=1e-5, atol=1e-5)
+    grad_NO = torch.randn(case[0], case[2], generator=generator)
+    exact_EIO = torch.zeros(len(ends), case[1], case[2], dtype=torch.float64)
+    for n in range(last):
+        exact_EIO[expert_of(n, ends)] += torch.outer(rows_NI[n].double(), grad_NO[n].double())
+    found_EIO = grouped_weight_gradient(x_TI.to(path), grad_NO.to(path), offsets_E, **how)
+    torch.testing.assert_close(found_EIO.double().cpu(), exact_EIO, rtol=1e-5, atol=1e-5)
+
+
 def test_rows_past_2_to_the_31_elements(path: str):
     """Three that far apart, in memory that is reserved and never touched."""
     stride, dtype = 2**30 + 64, half("triton")
@@ -141,7 +168,7 @@ def test_rows_of_nobody_are_not_written(path: str):
     out_NO, z_NO = torch.full((2, 40, 20), 5.0, device=path)
     tile = {**SMALL_TILE, "BLOCK_E": 4, "ACTIVATION": 1}
     product_kernel[(5,)](
-        x_NI, weight_EIO, bias_EO, offsets_E, z_NO, out_NO, 3, 16, 20, 16, *weight_EIO.stride(),
+        x_NI, None, weight_EIO, bias_EO, offsets_E, z_NO, out_NO, 3, 16, 20, 16, *weight_EIO.stride(),
         EVEN_I=False, **tile,
     )  # fmt: skip
     assert (out_NO[33:] == 5).all()
