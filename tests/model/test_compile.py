@@ -9,14 +9,22 @@ import torch
 from eve.config import FeedForward
 from tests.model.test_encoder import inputs, model_with_random_parameters, tiny
 
+PLAIN = {"num_experts": 4, "capacity_factor": 1.0}
+POOLS = {
+    "experts_by_modality": (4, 1), "k": 1, "modality_vector": "none", "noise": "gaussian", "load_weight": 0.1,
+    "importance_weight": 0.1, "capacity_factor": 0.8, "drop_order": "priority", "renormalise": False,
+}  # fmt: skip
 
-@pytest.mark.parametrize("router", ["shared", "modality", "topk"])
-def test_compiled_blocks_equal_eager_ones(router):
+
+@pytest.mark.parametrize(
+    ("router", "settings"), [("shared", PLAIN), ("modality", PLAIN), ("topk", PLAIN), ("topk", POOLS)]
+)
+def test_compiled_blocks_equal_eager_ones(router, settings):
     gradients = []
     for compiled in (False, True):
         config = tiny(
             depth=2,
-            feed_forward=(FeedForward(blocks=(0, 1), router=router, num_experts=4, capacity_factor=1.0),),
+            feed_forward=(FeedForward(blocks=(0, 1), router=router, **settings),),
         )
         model = model_with_random_parameters(config).train()
         if compiled:

@@ -19,6 +19,12 @@ STEPS, LEARNING_RATE = 20, 2e-3
 HEADS = ("model.heads=4", "model.decoder.heads=4")
 ROUTED, HARD = (*OVERRIDES, *HEADS), (*DENSE, *HEADS)
 CAPACITY = ("model.feed_forward.1.capacity_factor=0.7", "model.feed_forward.1.z_loss_weight=0.01")
+POOLS = (
+    "model.feed_forward.1={blocks: 1, router: topk, experts_by_modality: [4, 4], k: 1, group_size: 2, "
+    "modality_vector: none, renormalise: false, noise: gaussian, capacity_factor: 0.9, min_capacity: 1, "
+    "drop_order: priority, load_balance_weight: [0, 0.01], importance_weight: [0.01, 0], "
+    "load_weight: [0.01, 0]}",
+)
 BIASES = "stages.0.trainable=['*bias', '*b2_ED']"
 FROZEN_ROUTER = "stages.0.trainable=['encoder.*.attention.*', 'encoder.*.experts.*', 'word_head.*']"
 VLMO = (
@@ -84,6 +90,8 @@ LAYOUTS: dict[str, tuple[int, str, tuple[str, ...], tuple[str, ...]]] = {
         (*degrees(2, 4), *CHECKPOINTING),
     ),
     "tensor 2 x expert 2, sequence, capacity": (4, "zero1_fp32", (*ROUTED, *CAPACITY), degrees(2, 2)),
+    "data 2, 4 x 2 samples, two pools": (2, "zero1_fp32", (*ROUTED, *POOLS), accumulate(2)),
+    "tensor 2 x expert 2, sequence, two pools": (4, "zero1_fp32", (*ROUTED, *POOLS), degrees(2, 2)),
     "tensor 2, sequence, relative positions, fusion": (2, "zero1_fp32", VLMO, degrees(2)),
     "tensor 4, attention by modality": (4, "zero0_fp32", SEPARATE, degrees(4)),
     "data 4, ZeRO 3, attention by modality": (4, "zero3_fp32", SEPARATE, ()),
