@@ -19,6 +19,8 @@ from eve.conversion.foreign.positions import resize_absolute, resize_relative, r
 from eve.model import VisionLanguageModel
 from eve.model.encoder import EncoderOutput
 from eve.model.relative_positions import image_index, pair_index
+from eve.objectives.contrast import contrast_loss, similarity
+from eve.objectives.matching import matching_loss, negative_weights
 from tools.import_checks.fixture import Fixture
 from tools.import_checks.hidden_states import HiddenStates
 
@@ -201,11 +203,11 @@ def _contrast(model: VisionLanguageModel, vectors: dict[str, Tensor]) -> dict[st
     for path, middle, name in (("modality", "", "cls_feats"), ("fusion", "vl_", "cls_vlffn_feats")):
         if path not in model.contrast.config.paths:
             continue
-        cosines = vectors[f"image_{name}"] @ vectors[f"text_{name}"].T
-        logits = model.contrast.scale(path) * cosines
-        found[f"itc_{middle}i2t_logits"], found[f"itc_{middle}t2i_logits"] = logits, logits.T
-        own = torch.arange(len(logits))
-        losses.append((F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2)
+        scale = model.contrast.scale(path)
+        logits = similarity(vectors[f"image_{name}"], vectors[f"text_{name}"], scale)
+        found[f"itc_{middle}i2t_logits"] = logits.image_to_text_BN
+        found[f"itc_{middle}t2i_logits"] = logits.text_to_image_BN
+        losses.append(contrast_loss(logits).mean())
     return found | {"itc_loss": torch.stack(losses).mean()}
 
 
@@ -224,9 +226,10 @@ def _matching(model: VisionLanguageModel, fixture: Fixture, logits: dict[str, Te
     encoded = model.encode(images_BCHW=inputs["image"][images], **text)
     match = model.matching(encoded.text_class_BD)
     labels = (torch.arange(len(texts)) < len(own)).long()
-    found = {"itm_logits": match, "itm_labels": labels, "itm_loss": F.cross_entropy(match, labels)}
+    found = {"itm_logits": match, "itm_labels": labels, "itm_loss": matching_loss(match, labels).mean()}
     for way in ("i2t", "t2i"):
-        found[f"itm_weights_{way}"] = logits[f"itc_{way}_logits"].softmax(1).fill_diagonal_(0)
+        itself = torch.eye(len(own), dtype=torch.bool)
+        found[f"itm_weights_{way}"] = negative_weights(logits[f"itc_{way}_logits"], itself)
     return found
 
 

@@ -87,4 +87,5 @@ def _read(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         # What a damaged file raises may be of any type.
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        reason = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
+        raise UserError(f"{path} cannot be read: {reason[:200]}") from None

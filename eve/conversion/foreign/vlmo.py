@@ -21,6 +21,7 @@ from eve.conversion.foreign import layers
 from eve.conversion.foreign.format import Format, Sizes
 from eve.conversion.foreign.names import Names
 from eve.errors import UserError
+from eve.model.relative_positions import num_rows
 from eve.model.task_heads import Classifier
 
 EXPERTS = ("imag", "text", "vl")
@@ -280,12 +281,18 @@ def _relative_sizes(names: Names, sizes: Sizes, rows: int, patch: int) -> dict[s
     elif "relative_position_index" in names:
         side = layers.side_of(names.shape("relative_position_index")[0] - 1, names.where)
     else:
+        # Their texts have one length; the side is then the one whose offsets are left.
         side = (isqrt(max(rows - 5 - 2 * sizes["text_positions"], 0)) + 1) // 2
-    left = rows - 5 - (2 * side - 1) ** 2
+        if num_rows(side, sizes["text_positions"]) != rows:
+            raise UserError(
+                f"{names.where}: {TABLE} has {rows} rows, which is no picture's with texts of up to "
+                f"{sizes['text_positions']} tokens; say image_size or text_positions"
+            )
+    left = rows - num_rows(side, 0)
     if left < 6 or left % 2:
         raise UserError(
             f"{names.where}: {TABLE} has {rows} rows, which are not those of pictures of {side} x {side} "
-            "patches and some length of text; say image_size"
+            "patches and some length of text"
         )
     return {"image_size": side * patch, "text_positions": left // 2}
 
