@@ -536,6 +536,8 @@ class Evaluation(Section):
     batch_size: int = Field(default=64, ge=1)
     # Metadata field of the samples that the probes predict; null runs no probe.
     label: str | None = None
+    # Of retrieval: how many candidates, the first by contrast, matching puts in order.
+    rerank: int = Field(default=32, ge=1)
 
 
 KINDS_OF_OBJECTIVE = {

@@ -1,6 +1,6 @@
 """Evaluates a trained model on held-out data.
 
-    python -m eve.evaluate --task pretrain --checkpoint DIR [--data SHARDS] [--max-samples N]
+    python -m eve.evaluate --task pretrain|retrieval --checkpoint DIR [--data SHARDS] [--max-samples N]
                            [--output FILE.md|FILE.json] [section.key=value ...]
 
 DIR is a run directory or an exported model (safetensors + recipe + tokenizer). Overrides change the
@@ -19,12 +19,12 @@ import torch
 
 from eve.config import Recipe
 from eve.errors import UserError
-from eve.tasks import pretrain
+from eve.tasks import pretrain, retrieval
 from eve.tasks.report import check_output, to_text, write
 from eve.training.export import exported_recipe, load_exported
 
 # One module for each task: check(recipe, cells), evaluate(model, recipe, tokenizer, cells, pictures_dir).
-TASKS = {"pretrain": pretrain}
+TASKS = {"pretrain": pretrain, "retrieval": retrieval}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +66,7 @@ def _run(options: argparse.Namespace) -> None:
     tables = task.evaluate(model, recipe, tokenizer, cells, pictures_dir)
     for table in tables:
         print(f"\n{to_text(table)}")
-    print(f"\npictures: {pictures_dir}")
+    print(f"\npictures: {pictures_dir}" if pictures_dir.is_dir() else "")
     if (options.checkpoint / "tensorboard").is_dir():
         print(f"curves:   tensorboard --logdir {options.checkpoint}")
     if options.output is not None:

@@ -20,14 +20,17 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from eve.config import Data, Source
 from eve.data.batch import Masking, Sample
-from eve.data.manifest import Kind
+from eve.data.manifest import Kind, parse_text
 from eve.data.mixture import MixedReader, Mixture
 from eve.data.readers import Read
 from eve.data.samples import SampleMaker
@@ -331,6 +334,20 @@ def read_samples(
             shard,
             reason,
         )
+
+
+def read_captions(
+    shards: str, *, max_text_length: int, tokenizer: Tokenizer
+) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """(number of the sample, [CLS] words [SEP] of each of its captions) of all samples that have any."""
+    shard_set = resolve(shards)
+    maker = SampleMaker("text", Transform(1), tokenizer, max_text_length, {}, seed=0)
+    for read in _in_order(shard_set, maker):
+        if not isinstance(read.raw, BadSample):
+            with suppress(ValueError):  # text that cannot be decoded: broken, as read_samples finds
+                captions, _ = parse_text(read.raw.members.get("json"), read.raw.members.get("txt"))
+                tokens = [tokenizer.encode(caption, max_text_length) for caption in captions]
+                yield read.index, [tokens_N for tokens_N in tokens if len(tokens_N) > 2]
 
 
 def _in_order(shard_set: ShardSet, maker: SampleMaker) -> Iterator[Read]:
