@@ -25,12 +25,15 @@ import torch
 from torch import Tensor
 
 from eve.errors import UserError
-from tools.import_checks import beit, vlmo
+from tools.import_checks import beit, beit3, eve, mae, vlmo
 from tools.import_checks.fixture import Fixture, read_fixture
 
 CHECKS: dict[str, Callable[[Fixture], dict[str, Tensor]]] = {
     **vlmo.CHECKS,
+    **eve.CHECKS,
     **beit.CHECKS,
+    **beit3.CHECKS,
+    **mae.CHECKS,
 }
 # Fixtures that are compared elsewhere: in tests, which are marked `fixtures`.
 OTHERS = {

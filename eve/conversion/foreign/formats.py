@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from eve.config import Model
-from eve.conversion.foreign import beit, vlmo
+from eve.conversion.foreign import beit, beit3, eve, mae, vlmo
 from eve.conversion.foreign.format import Format
 from eve.conversion.foreign.names import Names
 from eve.errors import UserError
@@ -23,8 +23,13 @@ from eve.model import VisionLanguageModel, build_model, parameter_shapes
 
 FORMATS: dict[str, Format] = {
     "vlmo": vlmo.FORMAT,
+    "eve": eve.FORMAT,
     "beit": beit.FORMAT,
     "beit2": beit.FORMAT_2,
+    "beit3": beit3.FORMAT,
+    "mae": mae.FORMAT,
+    "timm": mae.FORMAT_TIMM,
+    "timm_imagenet": mae.FORMAT_TIMM_IMAGENET,
 }
 
 
