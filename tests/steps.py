@@ -30,7 +30,7 @@ OVERRIDES = (
 # ZeRO stage 3 is for recipes without a learned router.
 DENSE = ('model.feed_forward=[{blocks: "0-1", router: modality}]', *OVERRIDES)
 NO_DECAY = re.compile(
-    r"norm|bias|gamma|token|position|type_embedding|embedding\.word|modality_vector|b1_EF|b2_ED|temperature"
+    r"norm|bias|gamma|token|position|type_embedding|embedding\.word|modality_vector|b1_E?F|b2_E?D|temperature"
 )
 
 

@@ -29,12 +29,14 @@ from eve.conversion.checkpoint import Checkpoint, Kind, Parameter
 from eve.errors import UserError
 from eve.model import parameter_shapes
 from eve.model.initialisation import generator_for, initial_value
+from eve.moe.hard_experts import KINDS
 
 ExpertsFrom = Literal["alternate", "image", "text", "mean"]
 
-_BLOCK = re.compile(r"^encoder\.blocks\.(\d+)\.(feed_forward\.experts|feed_forward\.router|norm2)\.\w+$")
-# The experts of a bank that is routed by modality.
-MODALITIES = {"image": 0, "text": 1}
+_BLOCK = re.compile(r"^encoder\.blocks\.(\d+)\.(feed_forward\.experts|feed_forward\.router|norm2)\.(\w+)$")
+_EXPERT = re.compile(r"^encoder\.blocks\.(\d+)\.feed_forward\.experts\.\w+\.\w+$")
+# Where a row comes from: a parameter of the source, and its row; None: the whole of it.
+Row = tuple[str, int | None]
 
 
 class Upcycled(Checkpoint):
@@ -64,8 +66,13 @@ class Upcycled(Checkpoint):
         # Raises where a parameter can be had from nowhere.
         self._makes = {parameter.name: self._how(parameter) for parameter in self.parameters}
         for name in self._shapes:
-            if name not in self._makes:
+            if name not in self._makes and not self._is_left_out(name):
                 raise UserError(f"{self.where} has {name}, the model of the recipe {recipe.name} has none")
+
+    def _is_left_out(self, name: str) -> bool:
+        """An expert of a hard router where now a learned one stands, be it copied or not."""
+        match = _EXPERT.match(name)
+        return match is not None and self.recipe.model.feed_forward_of(int(match[1])).router == "topk"
 
     def read(self, name: str, kind: Kind) -> Tensor:
         assert kind == "weight"
@@ -75,35 +82,46 @@ class Upcycled(Checkpoint):
             value = initial_value(name, shape, self.recipe.seed, model.init_std, model.rescale_init)
             assert value is not None, name
             return value
-        tensor = self._source.read(name, kind)
         if not sources:
-            return tensor
-        made = torch.stack([tensor[rows].mean(0) if len(rows) > 1 else tensor[rows[0]] for rows in sources])
+            return self._source.read(name, kind)
+        made = torch.stack([self._mean(rows, kind) for rows in sources])
         if name.endswith(("norm2.weight", "norm2.bias")):
             return made[0]
         if self._noise and (made.ndim == 3 or ".router.weight" in name):
             generator = generator_for(self.recipe.seed, f"upcycling.{name}")
-            made += torch.randn(made.shape, generator=generator) * (self._noise * float(tensor.std()))
+            one = self._source.read(sources[0][0][0], kind)
+            made += torch.randn(made.shape, generator=generator) * (self._noise * float(one.std()))
         return made
 
-    def _how(self, parameter: Parameter) -> list[list[int]] | None:
-        """For each row of the first dimension the rows of the source that it is the mean of; empty: the
-        tensor as it is; None: new."""
+    def _mean(self, rows: list[Row], kind: Kind) -> Tensor:
+        tensors = [self._source.read(name, kind) for name, _ in rows]
+        parts = [t if row is None else t[row] for t, (_, row) in zip(tensors, rows, strict=True)]
+        return torch.stack(parts).mean(0) if len(parts) > 1 else parts[0]
+
+    def _how(self, parameter: Parameter) -> list[list[Row]] | None:
+        """For each row of the first dimension the rows that it is the mean of; empty: the tensor as it is;
+        None: new."""
         name, shape = parameter.name, parameter.shape
         found = self._shapes.get(name)
         match = _BLOCK.match(name)
-        if match:
+        after = self.recipe.model.feed_forward_of(int(match[1])).router if match else None
+        if match and after == "topk":
             before = self._source.recipe.model.feed_forward_of(int(match[1])).router
-            after = self.recipe.model.feed_forward_of(int(match[1])).router
             slot, dense = match[2], before != "topk"
-            if after == "topk" and dense and slot == "feed_forward.router":
+            if dense and slot == "feed_forward.router":
                 return None
-            if after == "topk" and dense and slot == "norm2" and found != shape:
-                return self._rows(2, 1, dense=True)
+            if dense and slot == "norm2" and found != shape:
+                return self._rows([(name, row) for row in range(len(KINDS[before]))], 1, before)
+            if dense and slot == "feed_forward.experts":
+                # w1_EDF is made of w1_DF of each.
+                single = match[3].replace("_E", "_")
+                rows = [(f"{name[: -len(match[3])]}{kind}.{single}", None) for kind in KINDS[before]]
+                found = self._shapes.get(rows[0][0])
+                if found == shape[1:]:
+                    return self._rows(rows, shape[0], before)
             per_expert = slot == "feed_forward.experts" or name.endswith("router.weight")
-            alike = found is not None and found[1:] == shape[1:] and (dense or found != shape)
-            if after == "topk" and per_expert and found and alike:
-                return self._rows(found[0], shape[0], dense=dense)
+            if not dense and per_expert and found and found[1:] == shape[1:] and found != shape:
+                return self._rows([(name, row) for row in range(found[0])], shape[0], before)
         if found != shape:
             raise UserError(
                 f"{self.where}: {name} is {found or 'missing'}, the model of the recipe "
@@ -111,19 +129,21 @@ class Upcycled(Checkpoint):
             )
         return []
 
-    def _rows(self, before: int, after: int, *, dense: bool) -> list[list[int]]:
-        if self._experts_from in MODALITIES:
-            if not dense or before == 1:
-                what = "one expert" if dense else f"{before} experts of a learned router"
+    def _rows(self, rows: list[Row], after: int, before: str) -> list[list[Row]]:
+        """Of which of `rows`, those of a router `before`, each of `after` is made."""
+        dense, number = before != "topk", len(rows)
+        if self._experts_from in ("image", "text"):
+            if before not in ("modality", "fusion"):
+                what = "one expert" if dense else f"{number} experts of a learned router"
                 raise UserError(f"--experts-from {self._experts_from} is for banks by modality, found {what}")
-            return [[MODALITIES[self._experts_from]]] * after
+            return [[rows[KINDS[before].index(self._experts_from)]]] * after
         if self._experts_from == "mean":
             if dense:
-                return [list(range(before))] * after
-            if after > before:
-                raise UserError(f"--experts-from mean makes fewer experts, not {after} of {before}")
-            return [list(range(first, before, after)) for first in range(after)]
+                return [rows] * after
+            if after > number:
+                raise UserError(f"--experts-from mean makes fewer experts, not {after} of {number}")
+            return [rows[first::after] for first in range(after)]
         if dense and after == 1:
             # A norm of two modalities has no turns to take.
-            return [list(range(before))]
-        return [[row % before] for row in range(after)]
+            return [rows]
+        return [[rows[row % number]] for row in range(after)]

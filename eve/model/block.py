@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from eve.config import FeedForward, Model
 from eve.model.attention import Attention
 from eve.model.layers import Layers, ModalityNorm, Norm
+from eve.moe.hard_experts import SubNormExpert
 from eve.moe.layer import RoutedFeedForward
 from eve.moe.plan import RouterOutput
-from eve.moe.sub_norm_bank import SubNormBank
 from eve.packing import TokenLayout
 
 
@@ -34,15 +34,14 @@ class Block(nn.Module):
         self.norm1 = ModalityNorm(width, eps) if config.attention == "modality" else Norm(width, eps=eps)
         self.attention = Attention(width, heads, config, layers)
         self.norm2 = _feed_forward_norm(width, eps, feed_forward)
-        sub_norm_bank = partial(SubNormBank, eps=eps)
         self.feed_forward = RoutedFeedForward(
             width,
             hidden,
             feed_forward,
             layer=index,
             activation=config.activation,
-            experts=sub_norm_bank if config.sub_norm else layers.routed_experts,
-            hard_experts=sub_norm_bank if config.sub_norm else layers.experts,
+            experts=layers.routed_experts,
+            expert=partial(SubNormExpert, eps=eps) if config.sub_norm else layers.expert,
             dispatcher=layers.dispatcher,
             tokens=layers.tokens,
         )

@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-_ZERO = re.compile(r"(^|\.)(bias|[qkv]_bias|b1_EF|b2_ED|norm_bias_EF|table_TRH)$")
-_ONE = re.compile(r"(^|\.|_)(norm\d?\.weight|norm_weight_EF)$")
+_ZERO = re.compile(r"(^|\.)(bias|[qkv]_bias|b1_E?F|b2_E?D|table_TRH)$")
+_ONE = re.compile(r"(^|\.|_)norm\d?\.weight$")
 _KEPT = re.compile(r"\.(gamma[12]|temperature_\w+)$")
-_RESCALED = re.compile(r"blocks\.(\d+)\.(attention\.proj\.(?:\w+\.)?weight|feed_forward\.(?:experts|fusion)\.w2_EFD)$")
+_RESCALED = re.compile(r"blocks\.(\d+)\.(attention\.proj\.(?:\w+\.)?weight|feed_forward\.\S+\.w2_E?FD)$")
 
 
 def generator_for(seed: int, name: str) -> torch.Generator:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from eve.model.relative_positions import RelativePositions
 from eve.moe.dispatch import Dispatcher, LocalDispatcher
 from eve.moe.experts import ExpertBank
+from eve.moe.hard_experts import Expert
 from eve.packing import TokenLayout
 from eve.tokens import Tokens, WholeTokens
 from kernels.masked_text_loss import TextLoss, masked_text_loss
@@ -90,8 +91,9 @@ class Layers:
     """Constructors of the layers that a parallel layout cuts, called with the sizes of the whole.
 
     qkv(width, out_width, key_bias); row_linear(in, out), the projection after attention;
-    word_embedding(vocab, width); vocab_linear(width, vocab); experts(num_experts, width, hidden, activation)
-    for hard routers and routed_experts(...) for learned ones; relative_positions(side, text, tables, heads).
+    word_embedding(vocab, width); vocab_linear(width, vocab); expert(width, hidden, activation) of a hard router;
+    routed_experts(num_experts, width, hidden, activation) of a learned one; relative_positions(side, text,
+    tables, heads).
     `tokens` moves rows between devices, `dispatcher` to experts and back. `cut(name, whole)` is the part of a
     whole parameter that this process holds, `name_of(name)` what the parameter of that name is called on one
     device.
@@ -101,7 +103,7 @@ class Layers:
     row_linear: Callable[[int, int], nn.Module] = nn.Linear
     word_embedding: Callable[[int, int], nn.Module] = nn.Embedding
     vocab_linear: Callable[[int, int], nn.Module] = VocabLinear
-    experts: Callable[[int, int, int, str], nn.Module] = ExpertBank
+    expert: Callable[[int, int, str], nn.Module] = Expert
     routed_experts: Callable[[int, int, int, str], nn.Module] = ExpertBank
     relative_positions: Callable[[int, int, int, int], RelativePositions] = RelativePositions
     dispatcher: Dispatcher = field(default_factory=LocalDispatcher)

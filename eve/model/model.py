@@ -104,6 +104,8 @@ class ParameterCount:
     Attributes:
         total: all. encoder: embeddings, blocks and final norm: what is kept for downstream tasks.
         routed_experts: experts of learned routers.
+        activated: of the encoder all but the experts that no token of a pair chooses, were all to choose the
+            same: the "activated parameters" of VL-MoE.
         active: matrix weights of the encoder's blocks that one token passes (mean over the
             modalities), embeddings and norms left out.
     """
@@ -111,6 +113,7 @@ class ParameterCount:
     total: int
     encoder: int
     routed_experts: int
+    activated: int
     active: int
 
 
@@ -118,20 +121,25 @@ def count_parameters(config: Model) -> ParameterCount:
     """Counted on the meta device: nothing is allocated."""
     with torch.device("meta"):
         model = VisionLanguageModel(config, Layers())
-    routed = active = 0
+    encoder = sum(p.numel() for p in model.encoder.parameters())
+    routed = active = idle = 0
     for block in model.encoder.blocks:
-        active += block.attention.qkv.weight.numel() + block.attention.proj.weight.numel()  # pyright: ignore
+        for linear in (block.attention.qkv, block.attention.proj):  # pyright: ignore
+            weights = [p.numel() for name, p in linear.named_parameters() if name.endswith("weight")]
+            active += sum(weights) // len(weights)
         slot = block.feed_forward  # pyright: ignore
+        if slot.router is None:  # pyright: ignore
+            active += 2 * config.width * config.hidden
+            continue
         bank = sum(p.numel() for p in slot.experts.parameters())  # pyright: ignore
-        weights = slot.experts.w1_EDF.numel() + slot.experts.w2_EFD.numel()  # pyright: ignore
-        share = 1 / slot.experts.num_experts  # pyright: ignore
-        if slot.router is not None:  # pyright: ignore
-            routed += bank
-            share *= slot.config.k  # pyright: ignore
-        active += int(weights * share)
+        routed += bank
+        active += 2 * config.width * config.hidden * slot.config.k  # pyright: ignore
+        pools: tuple[int, ...] = slot.config.pools  # pyright: ignore
+        idle += bank * sum(size - slot.config.k for size in pools) // sum(pools)  # pyright: ignore
     return ParameterCount(
         total=sum(p.numel() for p in model.parameters()),
-        encoder=sum(p.numel() for p in model.encoder.parameters()),
+        encoder=encoder,
         routed_experts=routed,
+        activated=encoder - idle,
         active=active,
     )

@@ -24,23 +24,6 @@ from kernels.routing import Routing, route
 _COUNTER = -(1 << 32)
 
 
-def shared_plan(layout: TokenLayout) -> RoutingPlan:
-    """One expert takes all tokens as they lie."""
-    return RoutingPlan(offsets_E=layout.ends_M[1:])
-
-
-def modality_plan(layout: TokenLayout) -> RoutingPlan:
-    """Expert 0 takes the image tokens, expert 1 the text tokens, as they lie."""
-    return RoutingPlan(offsets_E=layout.ends_M)
-
-
-def fusion_plan(layout: TokenLayout) -> RoutingPlan:
-    """As `modality_plan`; of a fused layout expert 2 takes all tokens."""
-    last = layout.ends_M[1:]
-    first = torch.zeros_like(layout.ends_M) if layout.fused else layout.ends_M
-    return RoutingPlan(offsets_E=torch.cat([first, last]))
-
-
 class TopKRouter(nn.Module):
     """A learned gate over one pool of experts, or one over each of two pools (`experts_by_modality`).
 

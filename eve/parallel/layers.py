@@ -9,9 +9,10 @@ from eve.config import Model, MoE
 from eve.model.layers import Layers, QKVLinear
 from eve.model.relative_positions import RelativePositions
 from eve.moe.experts import ExpertBank
+from eve.moe.hard_experts import Expert
 from eve.parallel.sharding import canonical
 from eve.parallel.tensor import (
-    HiddenParallelBank,
+    HiddenParallelExpert,
     RowLinear,
     TensorTokens,
     VocabParallelEmbedding,
@@ -27,7 +28,7 @@ def parallel_layers(config: Model, topology: Topology, moe: MoE) -> Layers:
     fields: dict[str, Any] = {
         "cut": WeightParts(config, topology).held,
         "name_of": canonical,
-        "experts": partial(ExpertBank, products=products),
+        "expert": partial(Expert, products=products),
         "routed_experts": partial(ExpertBank, products=products),
     }
     if topology.tensor > 1:
@@ -36,7 +37,7 @@ def parallel_layers(config: Model, topology: Topology, moe: MoE) -> Layers:
             "row_linear": partial(RowLinear, topology=topology),
             "word_embedding": partial(VocabParallelEmbedding, topology=topology),
             "vocab_linear": partial(VocabParallelLinear, topology=topology),
-            "experts": partial(HiddenParallelBank, topology=topology, products=products),
+            "expert": partial(HiddenParallelExpert, topology=topology, products=products),
             "relative_positions": lambda side, text, tables, heads: RelativePositions(
                 side, text, tables, heads // topology.tensor
             ),

@@ -55,11 +55,11 @@ TABLE: tuple[tuple[re.Pattern[str], Placement], ...] = tuple(
         (r"attention\.proj\.(\w+\.)?bias", Placement(Kind.ROW_BIAS)),
         # The heads of a process are those of its projections.
         (r"relative_positions\.table_TRH", Placement(Kind.COLUMN, 2)),
-        # Banks of hard routers; those of learned ones are EXPERT, see `placement`.
-        (r"feed_forward\.(experts|fusion)\.w1_EDF", Placement(Kind.COLUMN, 2)),
-        (r"feed_forward\.(experts|fusion)\.b1_EF", Placement(Kind.COLUMN, 1)),
-        (r"feed_forward\.(experts|fusion)\.w2_EFD", Placement(Kind.ROW, 1)),
-        (r"feed_forward\.(experts|fusion)\.b2_ED", Placement(Kind.ROW_BIAS)),
+        # Experts of hard routers; banks of learned ones are EXPERT, see `placement`.
+        (r"feed_forward\.(experts\.\w+|fusion)\.w1_DF", Placement(Kind.COLUMN, 1)),
+        (r"feed_forward\.(experts\.\w+|fusion)\.b1_F", Placement(Kind.COLUMN, 0)),
+        (r"feed_forward\.(experts\.\w+|fusion)\.w2_FD", Placement(Kind.ROW, 0)),
+        (r"feed_forward\.(experts\.\w+|fusion)\.b2_D", Placement(Kind.ROW_BIAS)),
         (r"text_embedding\.word\.weight", Placement(Kind.VOCABULARY, 0)),
         (r"word_head\.output\.(weight|bias)", Placement(Kind.VOCABULARY, 0)),
     )

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eve.model.layers import VocabLinear
-from eve.moe.experts import ExpertBank
+from eve.moe.hard_experts import Expert
 from eve.packing import Rows, TokenLayout
 from eve.parallel.collectives import (
     CopyIn,
@@ -99,23 +99,15 @@ class RowLinear(nn.Linear):
         return F.linear(input, self.weight, self.bias * self.first)
 
 
-class HiddenParallelBank(ExpertBank):
-    """Hard-routed experts with a share of the hidden width; a part of the sum comes out, as of RowLinear."""
+class HiddenParallelExpert(Expert):
+    """An expert with a share of the hidden width; a part of the sum comes out, as of RowLinear."""
 
-    def __init__(
-        self,
-        num_experts: int,
-        width: int,
-        hidden: int,
-        activation: str,
-        topology: Topology,
-        products: str = "auto",
-    ):
-        super().__init__(num_experts, width, hidden // topology.tensor, activation, products)
+    def __init__(self, width: int, hidden: int, activation: str, topology: Topology, products: str = "auto"):
+        super().__init__(width, hidden // topology.tensor, activation, products)
         self.first = topology.tensor_rank == 0
 
     def output_bias(self) -> Tensor:
-        return self.b2_ED * self.first
+        return self.b2_D * self.first
 
 
 class VocabParallelEmbedding(nn.Embedding):

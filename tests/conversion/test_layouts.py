@@ -104,7 +104,7 @@ OTHERS = {
     ),
     "ZeRO 2 with parts of experts that do not learn": (
         Layout(2, expert=2, zero_stage=2),
-        ("stages.0.trainable=['decoder.*', '*router*', '*attention*', '*w1_EDF']",),
+        ("stages.0.trainable=['decoder.*', '*router*', '*attention*', '*w1_EDF', '*w1_DF']",),
     ),
 }
 

@@ -82,7 +82,8 @@ def test_alternating_and_mean_experts_of_two_modalities(tiny: Path, tmp_path: Pa
     (tmp_path / "experts").rename(tmp_path / "first")
     means = upcycle(tiny, tmp_path, *LEARNED, "--experts-from", "mean").state_dict()
     for name in ("w1_EDF", "b1_EF", "w2_EFD", "b2_ED"):
-        two = dense[EXPERTS + name]
+        single = name.replace("_E", "_")
+        two = torch.stack([dense[f"{EXPERTS}{kind}.{single}"] for kind in ("image", "text")])
         assert torch.equal(turns[EXPERTS + name], torch.cat([two, two]))
         for expert in means[EXPERTS + name]:
             torch.testing.assert_close(expert, (two[0] + two[1]) / 2)
@@ -113,7 +114,7 @@ def test_noise_parts_the_copies(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "experts").rename(tmp_path / "first")
     again = upcycle(tiny, tmp_path, *LEARNED, "--noise", "0.1").state_dict()
     for name, shape in (("w1_EDF", "E D F"), ("b1_EF", "E F")):
-        tensor, one = noisy[EXPERTS + name], dense[EXPERTS + name]
+        tensor, one = noisy[EXPERTS + name], dense[f"{EXPERTS}shared.{name.replace('_E', '_')}"]
         assert torch.equal(tensor, again[EXPERTS + name])
         noise = (tensor - one) / one.std()
         if shape == "E F":
@@ -129,7 +130,7 @@ def test_noise_parts_the_copies(tiny: Path, tmp_path: Path) -> None:
         (
             SHARED,
             (*LEARNED, "model.hidden=128"),
-            "encoder.blocks.0.feed_forward.experts.w1_EDF is (2, 32, 64)",
+            "feed_forward.experts.image.w1_DF is (32, 64), the model of the recipe tiny has (32, 128)",
         ),
         (SHARED, (*LEARNED, "--experts-from", "text"), "is for banks by modality, found one expert"),
         (

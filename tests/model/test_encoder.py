@@ -93,17 +93,21 @@ def one_sample(model, image_CHW, tokens, visible):
         h = torch.cat(heads, dim=-1) @ state[f"{block}.attention.proj.weight"].t()
         x = x + state[f"{block}.gamma1"] * (h + state[f"{block}.attention.proj.bias"])
 
-        def expert(h, e, block=block):
+        def weight(name, e, block=block):
             bank = f"{block}.feed_forward.experts"
-            h = h @ state[f"{bank}.w1_EDF"][e] + state[f"{bank}.b1_EF"][e]
-            return (h * torch.sigmoid(1.702 * h)) @ state[f"{bank}.w2_EFD"][e] + state[f"{bank}.b2_ED"][e]
+            stacked = f"{bank}.{name.replace('_', '_E')}"
+            return state[stacked][e] if stacked in state else state[f"{bank}.{('image', 'text')[e]}.{name}"]
+
+        def expert(h, e, weight=weight):
+            h = h @ weight("w1_DF", e) + weight("b1_F", e)
+            return (h * torch.sigmoid(1.702 * h)) @ weight("w2_FD", e) + weight("b2_D", e)
 
         out = []
         for t in range(len(x)):
             m = int(modality[t])
             if config.feed_forward_of(i).router == "modality":
-                weight, bias = state[f"{block}.norm2.weight"][m], state[f"{block}.norm2.bias"][m]
-                out.append(expert(F.layer_norm(x[t], (config.width,), weight, bias, 1e-6), m))
+                gain, bias = state[f"{block}.norm2.weight"][m], state[f"{block}.norm2.bias"][m]
+                out.append(expert(F.layer_norm(x[t], (config.width,), gain, bias, 1e-6), m))
             else:
                 router = f"{block}.feed_forward.router"
                 h = norm(x[t], f"{block}.norm2")

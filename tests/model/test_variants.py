@@ -129,13 +129,12 @@ def one_sample(model, image_CHW, tokens, *, fused, masked=None, visible=None):
         out = []
         for t, m in zip(x, modality, strict=True):
             kind = 2 if fused and config.feed_forward_of(i).router == "fusion" else m
-            bank = f"{b}.feed_forward.experts"
-            h = norm(t, f"{b}.norm2", kind) @ state[f"{bank}.w1_EDF"][kind] + state[f"{bank}.b1_EF"][kind]
+            bank = f"{b}.feed_forward.experts.{('image', 'text', 'fusion')[kind]}"
+            h = norm(t, f"{b}.norm2", kind) @ state[f"{bank}.w1_DF"] + state[f"{bank}.b1_F"]
             h = 0.5 * h * (1 + torch.erf(h / 2**0.5))
             if config.sub_norm:
-                gain, shift = state[f"{bank}.norm_weight_EF"][kind], state[f"{bank}.norm_bias_EF"][kind]
-                h = F.layer_norm(h, h.shape, gain, shift, eps)
-            out.append(h @ state[f"{bank}.w2_EFD"][kind] + state[f"{bank}.b2_ED"][kind])
+                h = norm(h, f"{bank}.sub_norm")
+            out.append(h @ state[f"{bank}.w2_FD"] + state[f"{bank}.b2_D"])
         x = x + state.get(f"{b}.gamma2", 1.0) * torch.stack(out)
     if config.final_norm == "none":
         return x

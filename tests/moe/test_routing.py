@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from eve.config import FeedForward
 from eve.moe.dispatch import LocalDispatcher, ReferenceDispatcher
 from eve.moe.experts import ExpertBank
+from eve.moe.hard_experts import Expert
 from eve.moe.layer import RoutedFeedForward
 from eve.moe.plan import RoutingPlan
 from eve.packing import TokenLayout
@@ -107,7 +108,7 @@ def layer(dispatcher=None, **settings):
         layer=0,
         activation="gelu",
         experts=ExpertBank,
-        hard_experts=ExpertBank,
+        expert=Expert,
         dispatcher=dispatcher or LocalDispatcher(),
         tokens=WholeTokens(),
     )

@@ -25,7 +25,7 @@ POOLS = (
     "drop_order: priority, load_balance_weight: [0, 0.01], importance_weight: [0.01, 0], "
     "load_weight: [0.01, 0]}",
 )
-BIASES = "stages.0.trainable=['*bias', '*b2_ED']"
+BIASES = "stages.0.trainable=['*bias', '*b2_ED', '*b2_D']"
 FROZEN_ROUTER = "stages.0.trainable=['encoder.*.attention.*', 'encoder.*.experts.*', 'word_head.*']"
 VLMO = (
     "model.feed_forward=[{blocks: 0, router: modality}, {blocks: 1, router: fusion}]",

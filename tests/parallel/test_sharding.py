@@ -11,7 +11,7 @@ from eve.model import parameter_shapes
 from eve.parallel.sharding import EXPERT, TABLE, Kind, canonical, cut, join, padded_vocabulary, placement
 from eve.parallel.topology import Topology, check_degrees
 
-TINY = load_recipe("eve_tiny").model
+TINY = load_recipe("eve_tiny", ["model.relative_positions=blocks"]).model
 
 
 @pytest.mark.parametrize(("tensor", "expert"), [(1, 1), (2, 1), (4, 4), (1, 2)])
@@ -45,7 +45,7 @@ def test_padding_of_the_vocabulary(vocab_size: int, tensor: int, padded: int) ->
 
 def test_a_bank_is_cut_by_experts_where_a_router_chooses_them() -> None:
     names = parameter_shapes(TINY).keys()
-    assert placement("encoder.blocks.0.feed_forward.experts.w1_EDF", names).kind is Kind.COLUMN
+    assert placement("encoder.blocks.0.feed_forward.experts.text.w1_DF", names).kind is Kind.COLUMN
     assert placement("encoder.blocks.4.feed_forward.experts.w1_EDF", names) == EXPERT
     assert placement("encoder.blocks.4.feed_forward.experts.b2_ED", names) == EXPERT
     spread = "encoder.blocks.4.feed_forward.experts.deepspeed_moe.experts.deepspeed_experts.w1_EDF"

@@ -103,7 +103,9 @@ def _block(names: Names, model: Model, source: str, target: str) -> dict[str, Te
         **names.layer(f"{source}.norm1", f"{target}.norm1", width),
         **layers.attention(names, f"{source}.attn", f"{target}.attention", width),
         **names.layer(f"{source}.norm2", f"{target}.norm2", width),
-        **layers.bank(names, [f"{source}.mlp"], f"{target}.feed_forward.experts", width, hidden),
+        **layers.hard_experts(
+            names, "shared", [f"{source}.mlp"], f"{target}.feed_forward.experts", width, hidden
+        ),
     }
     if model.layer_scale is not None:
         found[f"{target}.gamma1"] = names.take(f"{source}.gamma_1", width)

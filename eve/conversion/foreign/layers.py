@@ -13,28 +13,34 @@ from torch import Tensor
 from eve.config import Model
 from eve.conversion.foreign.names import Names
 from eve.errors import UserError
+from eve.moe.hard_experts import KINDS
 
 
-def bank(names: Names, sources: list[str], target: str, width: int, hidden: int) -> dict[str, Tensor]:
-    """A bank of experts from the two-layer perceptrons `source`.fc1 and `source`.fc2, one each."""
-    first = [names.layer(f"{source}.fc1", "1", hidden, width) for source in sources]
-    second = [names.layer(f"{source}.fc2", "2", width, hidden) for source in sources]
-    return {
-        f"{target}.w1_EDF": torch.stack([layer["1.weight"].t() for layer in first]),
-        f"{target}.b1_EF": torch.stack([layer["1.bias"] for layer in first]),
-        f"{target}.w2_EFD": torch.stack([layer["2.weight"].t() for layer in second]),
-        f"{target}.b2_ED": torch.stack([layer["2.bias"] for layer in second]),
-    }
+def hard_experts(
+    names: Names, router: str, sources: list[str], target: str, width: int, hidden: int
+) -> dict[str, Tensor]:
+    """The experts of a hard router from two-layer perceptrons `source`.fc1 and `source`.fc2, one each."""
+    found: dict[str, Tensor] = {}
+    for kind, source in zip(KINDS[router], sources, strict=True):
+        first = names.layer(f"{source}.fc1", "1", hidden, width)
+        second = names.layer(f"{source}.fc2", "2", width, hidden)
+        found[f"{target}.{kind}.w1_DF"] = first["1.weight"].t().contiguous()
+        found[f"{target}.{kind}.b1_F"] = first["1.bias"]
+        found[f"{target}.{kind}.w2_FD"] = second["2.weight"].t().contiguous()
+        found[f"{target}.{kind}.b2_D"] = second["2.bias"]
+    return found
 
 
-def perceptrons(weights: dict[str, Tensor], source: str, targets: list[str]) -> dict[str, Tensor]:
-    """The inverse of `bank`."""
+def perceptrons(
+    weights: dict[str, Tensor], router: str, source: str, targets: list[str]
+) -> dict[str, Tensor]:
+    """The inverse of `hard_experts`."""
     state: dict[str, Tensor] = {}
-    for expert, target in enumerate(targets):
-        state[f"{target}.fc1.weight"] = weights[f"{source}.w1_EDF"][expert].t().contiguous()
-        state[f"{target}.fc1.bias"] = weights[f"{source}.b1_EF"][expert]
-        state[f"{target}.fc2.weight"] = weights[f"{source}.w2_EFD"][expert].t().contiguous()
-        state[f"{target}.fc2.bias"] = weights[f"{source}.b2_ED"][expert]
+    for kind, target in zip(KINDS[router], targets, strict=True):
+        state[f"{target}.fc1.weight"] = weights[f"{source}.{kind}.w1_DF"].t().contiguous()
+        state[f"{target}.fc1.bias"] = weights[f"{source}.{kind}.b1_F"]
+        state[f"{target}.fc2.weight"] = weights[f"{source}.{kind}.w2_FD"].t().contiguous()
+        state[f"{target}.fc2.bias"] = weights[f"{source}.{kind}.b2_D"]
     return state
 
 

@@ -104,8 +104,9 @@ def _block(names: Names, model: Model, block: int) -> dict[str, Tensor]:
         **names.layer(f"{source}.norm1", f"{target}.norm1", width),
         **layers.attention(names, f"{source}.attn", f"{target}.attention", width),
         **layers.norms(names, [f"{source}.norm2_{kind}" for kind in kinds], f"{target}.norm2", width),
-        **layers.bank(
+        **layers.hard_experts(
             names,
+            model.feed_forward_of(block).router,
             [f"{source}.mlp_{kind}" for kind in kinds],
             f"{target}.feed_forward.experts",
             width,
@@ -194,7 +195,9 @@ def _block_state(weights: dict[str, Tensor], model: Model, block: int) -> dict[s
     kinds = _experts(model, block)
     mlps = [f"{target}.mlp_{kind}" for kind in kinds]
     found = layers.attention_state(weights, f"{source}.attention", f"{target}.attn")
-    found |= layers.perceptrons(weights, f"{source}.feed_forward.experts", mlps)
+    found |= layers.perceptrons(
+        weights, model.feed_forward_of(block).router, f"{source}.feed_forward.experts", mlps
+    )
     for part in ("weight", "bias"):
         found[f"{target}.norm1.{part}"] = weights[f"{source}.norm1.{part}"]
         for row, kind in enumerate(kinds):
