@@ -65,7 +65,7 @@ class FeedForward(Section):
     # One pool of experts for each modality (image, text), with a gate and losses of its own, instead of one
     # pool of num_experts for both (V-MoE and T-MoE of VL-MoE). A pool of 1 is dense: no gate and no losses.
     experts_by_modality: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
-    # With experts_by_modality: a dense expert that takes all tokens of a pair instead (VL-MoE's VL-FFN on top).
+    # With experts_by_modality: a dense expert that takes all tokens of a pair instead (VL-MoE's top layers).
     fusion_expert: bool = False
     k: int = Field(default=2, ge=1)
     # none: the gate sees x. gate: the gate sees x + b_modality (the paper's formula).
@@ -254,7 +254,7 @@ class Model(Section):
 
     @property
     def first_fusion(self) -> int:
-        """The first block in which the tokens of a pair have an expert of their own; the depth without one."""
+        """The first block in which pairs have an expert of their own; the depth where there is none."""
         fused = (b for b in range(self.depth) if _fuses(self.feed_forward_of(b)))
         return next(fused, self.depth)
 

@@ -115,7 +115,9 @@ class Upcycled(Checkpoint):
             if dense and slot == "feed_forward.experts":
                 # w1_EDF is made of w1_DF of each.
                 single = match[3].replace("_E", "_")
-                rows = [(f"{name[: -len(match[3])]}{kind}.{single}", None) for kind in KINDS[before]]
+                rows: list[Row] = [
+                    (f"{name[: -len(match[3])]}{kind}.{single}", None) for kind in KINDS[before]
+                ]
                 found = self._shapes.get(rows[0][0])
                 if found == shape[1:]:
                     return self._rows(rows, shape[0], before)

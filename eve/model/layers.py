@@ -91,9 +91,9 @@ class Layers:
     """Constructors of the layers that a parallel layout cuts, called with the sizes of the whole.
 
     qkv(width, out_width, key_bias); row_linear(in, out), the projection after attention;
-    word_embedding(vocab, width); vocab_linear(width, vocab); expert(width, hidden, activation) of a hard router;
-    routed_experts(num_experts, width, hidden, activation) of a learned one; relative_positions(side, text,
-    tables, heads).
+    word_embedding(vocab, width); vocab_linear(width, vocab); expert(width, hidden, activation) of a hard
+    router; routed_experts(num_experts, width, hidden, activation) of a learned one; relative_positions(side,
+    text, tables, heads).
     `tokens` moves rows between devices, `dispatcher` to experts and back. `cut(name, whole)` is the part of a
     whole parameter that this process holds, `name_of(name)` what the parameter of that name is called on one
     device.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,19 +123,19 @@ def count_parameters(config: Model) -> ParameterCount:
         model = VisionLanguageModel(config, Layers())
     encoder = sum(p.numel() for p in model.encoder.parameters())
     routed = active = idle = 0
-    for block in model.encoder.blocks:
-        for linear in (block.attention.qkv, block.attention.proj):  # pyright: ignore
+    for block in cast(list[Any], model.encoder.blocks):
+        for linear in (block.attention.qkv, block.attention.proj):
             weights = [p.numel() for name, p in linear.named_parameters() if name.endswith("weight")]
             active += sum(weights) // len(weights)
-        slot = block.feed_forward  # pyright: ignore
-        if slot.router is None:  # pyright: ignore
+        slot = block.feed_forward
+        if slot.router is None:
             active += 2 * config.width * config.hidden
             continue
-        bank = sum(p.numel() for p in slot.experts.parameters())  # pyright: ignore
+        bank = sum(p.numel() for p in slot.experts.parameters())
         routed += bank
-        active += 2 * config.width * config.hidden * slot.config.k  # pyright: ignore
-        pools: tuple[int, ...] = slot.config.pools  # pyright: ignore
-        idle += bank * sum(size - slot.config.k for size in pools) // sum(pools)  # pyright: ignore
+        active += 2 * config.width * config.hidden * slot.config.k
+        pools: tuple[int, ...] = slot.config.pools
+        idle += bank * sum(size - slot.config.k for size in pools) // sum(pools)
     return ParameterCount(
         total=sum(p.numel() for p in model.parameters()),
         encoder=encoder,

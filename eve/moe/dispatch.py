@@ -44,19 +44,15 @@ class ReferenceDispatcher:
         vector_MD: Tensor | None = None,
         modality_T: Tensor | None = None,
     ) -> Tensor:
-        if plan.row_token_N is None:
-            return x_TD
         if vector_MD is not None:
             x_TD = x_TD + vector_MD[modality_T]
         return F.one_hot(plan.row_token_N, x_TD.shape[0]).to(x_TD.dtype) @ x_TD
 
     def combine(self, y_ND: Tensor, plan: RoutingPlan) -> Tensor:
-        if plan.token_row_TK is None:
-            return y_ND
         num_rows = y_ND.shape[0]
         # A last column stands for "dropped" and is cut off. Rows past the last offset are not defined.
         one_hot_TKN = F.one_hot(plan.token_row_TK % (num_rows + 1), num_rows + 1)[..., :-1]
-        mix_TN = (one_hot_TKN * plan.weight_TK[..., None]).sum(1)  # pyright: ignore
+        mix_TN = (one_hot_TKN * plan.weight_TK[..., None]).sum(1)
         computed_N1 = (torch.arange(num_rows, device=y_ND.device) < plan.offsets_E[-1])[:, None]
         return mix_TN.to(y_ND.dtype) @ y_ND.where(computed_N1, torch.zeros_like(y_ND))
 
@@ -69,14 +65,7 @@ class LocalDispatcher:
         vector_MD: Tensor | None = None,
         modality_T: Tensor | None = None,
     ) -> Tensor:
-        if plan.row_token_N is None:
-            return x_TD
-        assert plan.token_row_TK is not None
         return dispatch(x_TD, plan.row_token_N, plan.token_row_TK, vector_MD, modality_T)
 
     def combine(self, y_ND: Tensor, plan: RoutingPlan) -> Tensor:
-        if plan.token_row_TK is None:
-            return y_ND
-        assert plan.row_token_N is not None
-        assert plan.weight_TK is not None
         return combine(y_ND, plan.weight_TK, plan.row_token_N, plan.token_row_TK)

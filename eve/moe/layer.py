@@ -1,4 +1,4 @@
-"""The feed-forward slot of a block: experts by modality, or router -> dispatch -> bank of experts -> combine."""
+"""The feed-forward of a block: experts by modality, or router -> dispatch -> bank of experts -> combine."""
 
 from __future__ import annotations
 

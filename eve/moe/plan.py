@@ -22,15 +22,15 @@ class RoutingPlan:
     Attributes:
         offsets_E: int32, end of each expert's rows; the rows of an expert lie together. Rows past
             the last offset belong to dropped choices: no expert computes them and nobody reads them.
-        row_token_N: int64, the token of each row; None where the rows are the tokens in order.
-        token_row_TK: int64, the row of each choice of a token, -1 where it was dropped; None as above.
-        weight_TK: fp32, the weight of each choice; None where all are 1.
+        row_token_N: int64, the token of each row.
+        token_row_TK: int64, the row of each choice of a token, -1 where it was dropped.
+        weight_TK: fp32, the weight of each choice.
     """
 
     offsets_E: Tensor
-    row_token_N: Tensor | None = None
-    token_row_TK: Tensor | None = None
-    weight_TK: Tensor | None = None
+    row_token_N: Tensor
+    token_row_TK: Tensor
+    weight_TK: Tensor
 
 
 @dataclass(frozen=True)

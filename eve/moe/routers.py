@@ -1,8 +1,8 @@
 """Routers: which expert a token goes to. A router returns; it never stashes.
 
-`shared` and `modality` need no gate: their plan is a property of the token layout, built once a
-batch. `topk` learns: g(x) = softmax(W (x + b_modality)), the k largest (EVE, section "modality-aware
-routing"), of equals the expert of the lower index. Shape suffixes: T token, S token of a pool, D width,
+`shared`, `modality` and `fusion` need no gate: eve/moe/hard_experts.py. `topk` learns:
+g(x) = softmax(W (x + b_modality)), the k largest (EVE, section "modality-aware routing"), of equals the
+expert of the lower index. Shape suffixes: T token, S token of a pool, D width,
 E expert, K choice, N row, M modality, G group.
 """
 

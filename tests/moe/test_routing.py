@@ -36,7 +36,7 @@ def plan_within(logits_TE, k, capacity):
     group_T = torch.zeros(len(logits_TE), dtype=torch.int64)
     capacity_G = None if capacity is None else torch.tensor([capacity])
     found = route(logits_TE, k, group_T=group_T, num_groups=1, capacity_G=capacity_G)
-    return RoutingPlan(found.offsets_E, found.row_token_N, found.token_row_TK)
+    return RoutingPlan(found.offsets_E, found.row_token_N, found.token_row_TK, found.weight_TK.detach())
 
 
 @pytest.mark.parametrize("capacity", [None, 2])
