@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from eve.config import FeedForward
 from eve.moe.dispatch import LocalDispatcher
 from eve.moe.experts import ExpertBank
+from eve.moe.hard_experts import Expert
 from eve.moe.layer import RoutedFeedForward
 from eve.packing import TokenLayout
 from eve.tokens import WholeTokens
@@ -108,7 +109,7 @@ def runs_of(
         layer=0,
         activation="gelu",
         experts=ExpertBank,
-        hard_experts=ExpertBank,
+        expert=Expert,
         dispatcher=LocalDispatcher(),
         tokens=WholeTokens(),
     ).to(**how)
