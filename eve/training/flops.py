@@ -71,6 +71,8 @@ def mfu(model_flops: float, seconds: float, num_devices: int, device_name: str) 
 
 def batch_flops(model: Model, stream: Stream, batch: Batch, *, checkpointing: bool = False) -> StepFlops:
     """Forward and backward of one stream on one (micro-)batch of this rank. Reads shapes only."""
+    if stream.is_pooled:
+        return _backward_too(_pair_flops(model, stream, batch), checkpointing)
     masks = batch.masks[stream.name]
     num_visible = num_masked_patches = 0
     if batch.images_BCHW is not None:
@@ -85,9 +87,40 @@ def batch_flops(model: Model, stream: Stream, batch: Batch, *, checkpointing: bo
         num_masked_patches=num_masked_patches,
         num_masked_words=len(masks["target_N"]) if "target_N" in masks else 0,
     )
+    return _backward_too(parts, checkpointing)
+
+
+def _backward_too(parts: dict[str, int], checkpointing: bool) -> StepFlops:
     forward = sum(parts.values())
     again = parts["blocks"] if checkpointing else 0
     return StepFlops(model=3 * forward, hardware=3 * forward + again)
+
+
+def _pair_flops(model: Model, stream: Stream, batch: Batch) -> dict[str, int]:
+    """Forward of contrast (image and text alone, on each path, and the projections) and of matching (three
+    fused pairs, negative texts taken to be as long as the batch's). The logits of contrast are left out: they
+    depend on the pool, and are few."""
+    size, texts, width = batch.size, batch.text_lengths, model.width
+    parts = {"blocks": 0, "others": 0}
+
+    def add(num_visible: int, lengths: Sequence[int]) -> None:
+        one = forward_flops(model, num_samples=len(lengths), num_visible=num_visible, text_lengths=lengths)
+        parts["blocks"] += one.pop("blocks")
+        parts["others"] += sum(one.values())
+
+    if model.contrast is not None and "contrast" in stream.objective:
+        add(model.num_patches, [0] * size)
+        add(0, texts)
+        parts["others"] += len(model.contrast.paths) * 2 * 2 * size * width * model.contrast.width
+        if "fusion" in model.contrast.paths:
+            again = range(model.first_fusion, model.depth)
+            for lengths in ([1 + model.num_patches] * size, texts):
+                parts["blocks"] += _blocks_flops(model, lengths, again)
+    if model.matching is not None and "matching" in stream.objective:
+        add(model.num_patches, [*texts, *texts, *texts])
+        pooler = width * width if model.matching.pooler else 0
+        parts["others"] += 2 * 3 * size * (pooler + 2 * width)
+    return parts
 
 
 def forward_flops(
@@ -111,11 +144,7 @@ def forward_flops(
     pixels, width = 3 * model.patch_size**2, model.width
     num_image = 1 + num_visible if num_visible else 0
     lengths = [num_image + text for text in text_lengths]
-    num_tokens = sum(lengths)
-    blocks = sum(
-        num_tokens * _token_flops(model, block) + _attention_flops(width, lengths)
-        for block in range(model.depth)
-    )
+    blocks = _blocks_flops(model, lengths, range(model.depth))
     decoder = 0
     if num_masked_patches:
         assert model.decoder is not None
@@ -136,6 +165,11 @@ def forward_flops(
         "decoder": decoder,
         "word_head": 2 * num_masked_words * (width * width + width * model.vocab_size),
     }
+
+
+def _blocks_flops(model: Model, lengths: Sequence[int], blocks: range) -> int:
+    attention = _attention_flops(model.width, lengths)
+    return sum(sum(lengths) * _token_flops(model, block) + attention for block in blocks)
 
 
 def _token_flops(model: Model, block: int) -> int:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from eve.config import Model, Recipe
+from eve.config import Model, Recipe, Stream
 from eve.data.batch import Batch
 from eve.parallel.topology import Topology
 from eve.training.feed import StepData
@@ -43,7 +43,7 @@ class Meter:
         self.sums[3] += data.seconds
         for stream, batch in data.passes:
             flops = batch_flops(self.recipe.model, stream, batch, checkpointing=checkpointing)
-            self.sums[1] += num_tokens(self.recipe.model, stream.name, batch)
+            self.sums[1] += num_tokens(self.recipe.model, stream, batch)
             self.sums[2] += flops.model
 
     def read(self) -> dict[str, float]:
@@ -73,11 +73,12 @@ class Meter:
         return timing
 
 
-def num_tokens(model: Model, stream: str, batch: Batch) -> int:
-    """Tokens that enter the encoder: visible patches, one class token an image, and the words."""
+def num_tokens(model: Model, stream: Stream, batch: Batch) -> int:
+    """Tokens that enter the encoder: visible patches, one class token an image, and the words; those of
+    matching are three pairs for each."""
     tokens = sum(batch.text_lengths)
     if batch.images_BCHW is not None:
-        visible = batch.masks[stream].get("visible_V")
+        visible = batch.masks[stream.name].get("visible_V")
         num_visible = model.num_patches if visible is None else visible.shape[1]
         tokens += batch.size * (1 + num_visible)
-    return tokens
+    return tokens * {"matching": 3, "contrast_matching": 4}.get(stream.objective, 1)

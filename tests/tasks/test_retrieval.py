@@ -1,4 +1,4 @@
-"""Retrieval: recalls of the official codes and by counting, what is right, and the whole evaluation of an export."""
+"""Retrieval: recalls of the official codes and by counting, what is right, the whole evaluation."""
 
 from __future__ import annotations
 

@@ -112,6 +112,23 @@ def test_forward_and_backward_agree_with_the_counter(objective):
     assert batch_flops(model_config, stream, batch).model == total + embedding
 
 
+@pytest.mark.parametrize("objective", ["contrast", "matching", "contrast_matching"])
+def test_passes_of_contrast_and_matching_agree_with_the_counter(objective):
+    """But for the logits of contrast and the gradient of the pixels, as above."""
+    hard = [{"blocks": [0, 1], "router": "modality"}, {"blocks": [2], "router": "fusion"}]
+    contrast = {"width": 16, "paths": ["modality", "fusion"]}
+    model_config = config(feed_forward=hard, contrast=contrast, matching={}, decoder=None)
+    stream = Stream(name="s", source="pairs", objective=objective)
+    objective_ = build_objective(stream, model_config)
+    batch = batch_of(stream, [7, 7, 7])
+    model = build_model(model_config, seed=0)
+    total = counted(lambda: objective_(model, batch, objective_.units(batch), 1.0).loss.backward())
+    images = {"contrast": 1, "matching": 3, "contrast_matching": 4}[objective]
+    pixels = forward_flops(model_config, num_samples=3 * images, num_visible=16, text_lengths=[])["embedding"]
+    logits = 0 if objective == "matching" else 3 * 2 * 2 * 2 * 3 * 3 * 16
+    assert batch_flops(model_config, stream, batch).model == total - logits + pixels
+
+
 def test_true_lengths_count_not_padded_ones():
     """A batch costs what its samples cost one by one."""
     model_config = config()
