@@ -94,7 +94,7 @@ def _block(names: Names, model: Model, source: str, target: str) -> dict[str, Te
     found = {
         **_norms(names, f"{source}.self_attn_layer_norm", f"{target}.norm1", width),
         **_norms(names, f"{source}.final_layer_norm", f"{target}.norm2", width),
-        **layers.bank(names, perceptrons, experts, width, hidden),
+        **layers.hard_experts(names, "modality", perceptrons, experts, width, hidden),
     }
     for ours, theirs in MODALITIES:
         parts = {
@@ -108,8 +108,8 @@ def _block(names: Names, model: Model, source: str, target: str) -> dict[str, Te
         found |= names.layer(projection, f"{attention}.proj.{ours}", width, width)
     if model.sub_norm:
         found |= _norms(names, f"{source}.self_attn.inner_attn_ln", f"{attention}.sub_norm", width)
-        norms = layers.norms(names, [f"{name}.ffn_layernorm" for name in perceptrons], "norm", hidden)
-        found |= {f"{experts}.norm_{part}_EF": norms[f"norm.{part}"] for part in ("weight", "bias")}
+        for (ours, _), source_of_one in zip(MODALITIES, perceptrons, strict=True):
+            found |= names.layer(f"{source_of_one}.ffn_layernorm", f"{experts}.{ours}.sub_norm", hidden)
     return found
 
 

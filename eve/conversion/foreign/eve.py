@@ -141,9 +141,12 @@ def _block(names: Names, model: Model, block: int) -> dict[str, Tensor]:
         **names.layer(f"{source}.norm1", f"{target}.norm1", width),
         **layers.attention(names, f"{source}.attn", f"{target}.attention", width),
         **layers.norms(names, norms, f"{target}.norm2", width),
-        **layers.bank(names, perceptrons, f"{target}.feed_forward.experts", width, model.hidden),
     }
-    if feed_forward.router == "topk":
+    experts = f"{target}.feed_forward.experts"
+    if feed_forward.router != "topk":
+        found |= layers.hard_experts(names, feed_forward.router, perceptrons, experts, width, model.hidden)
+    else:
+        found |= _bank(names, perceptrons, experts, width, model.hidden)
         router, gate = f"{target}.feed_forward.router", f"{source}.{POOL}.gate.wg.weight"
         found[f"{router}.weight"] = names.take(gate, feed_forward.num_experts, width)
         if feed_forward.modality_vector != "none":
@@ -153,6 +156,29 @@ def _block(names: Names, model: Model, block: int) -> dict[str, Tensor]:
         found[f"{target}.gamma1"] = names.take(f"{source}.gamma_1", width)
         found[f"{target}.gamma2"] = names.take(f"{source}.gamma_2", width)
     return found
+
+
+def _bank(names: Names, sources: list[str], target: str, width: int, hidden: int) -> dict[str, Tensor]:
+    """The bank of a learned router from perceptrons `source`.fc1 and `source`.fc2."""
+    first = [names.layer(f"{source}.fc1", "1", hidden, width) for source in sources]
+    second = [names.layer(f"{source}.fc2", "2", width, hidden) for source in sources]
+    return {
+        f"{target}.w1_EDF": torch.stack([layer["1.weight"].t() for layer in first]),
+        f"{target}.b1_EF": torch.stack([layer["1.bias"] for layer in first]),
+        f"{target}.w2_EFD": torch.stack([layer["2.weight"].t() for layer in second]),
+        f"{target}.b2_ED": torch.stack([layer["2.bias"] for layer in second]),
+    }
+
+
+def _bank_state(weights: dict[str, Tensor], source: str, targets: list[str]) -> dict[str, Tensor]:
+    """The inverse of `_bank`."""
+    state: dict[str, Tensor] = {}
+    for expert, target in enumerate(targets):
+        state[f"{target}.fc1.weight"] = weights[f"{source}.w1_EDF"][expert].t().contiguous()
+        state[f"{target}.fc1.bias"] = weights[f"{source}.b1_EF"][expert]
+        state[f"{target}.fc2.weight"] = weights[f"{source}.w2_EFD"][expert].t().contiguous()
+        state[f"{target}.fc2.bias"] = weights[f"{source}.b2_ED"][expert]
+    return state
 
 
 def heads(names: Names, model: Model) -> dict[str, nn.Module]:
@@ -217,7 +243,11 @@ def _block_state(weights: dict[str, Tensor], model: Model, block: int) -> dict[s
     feed_forward = model.feed_forward_of(block)
     norms, perceptrons = ([f"{target}.{part}" for part in parts] for parts in _parts(feed_forward))
     found = layers.attention_state(weights, f"{source}.attention", f"{target}.attn")
-    found |= layers.perceptrons(weights, f"{source}.feed_forward.experts", perceptrons)
+    experts = f"{source}.feed_forward.experts"
+    if feed_forward.router == "topk":
+        found |= _bank_state(weights, experts, perceptrons)
+    else:
+        found |= layers.perceptrons(weights, feed_forward.router, experts, perceptrons)
     for part in ("weight", "bias"):
         found[f"{target}.norm1.{part}"] = weights[f"{source}.norm1.{part}"]
         rows = weights[f"{source}.norm2.{part}"].view(len(norms), -1)

@@ -98,7 +98,9 @@ def _block(names: Names, source: str, target: str, width: int, hidden: int) -> d
         f"{target}.attention.qkv.q_bias": bias[:width],
         f"{target}.attention.qkv.v_bias": bias[2 * width :],
         **names.layer(f"{source}.attn.proj", f"{target}.attention.proj", width, width),
-        **layers.bank(names, [f"{source}.mlp"], f"{target}.feed_forward.experts", width, hidden),
+        **layers.hard_experts(
+            names, "shared", [f"{source}.mlp"], f"{target}.feed_forward.experts", width, hidden
+        ),
     }
 
 
