@@ -113,7 +113,7 @@ def test_the_class_token_head_of_beit_2() -> None:
     assert shared.model.class_token_head is not None
     assert (shared.model.class_token_head.early, shared.model.class_token_head.shared) == (1, True)
     assert torch.equal(
-        shared.weights["class_token_head.blocks.0.feed_forward.experts.w1_EDF"][0],
+        shared.weights["class_token_head.blocks.0.feed_forward.experts.shared.w1_DF"],
         state["cls_pt_layers.0.mlp.fc1.weight"].T,
     )
     state.layer("cls_pt_norm", WIDTH)

@@ -51,7 +51,13 @@ def initial(recipe: Recipe) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in build_model(recipe.model, recipe.seed).named_parameters()}
 
 
+def expert(block: int, kind: str) -> str:
+    """The first matrix of an expert of a hard router."""
+    return f"encoder.blocks.{block}.feed_forward.experts.{kind}.w1_DF"
+
+
 def bank(block: int) -> str:
+    """Those of a learned router's experts."""
     return f"encoder.blocks.{block}.feed_forward.experts.w1_EDF"
 
 
@@ -62,8 +68,8 @@ def test_vlmo_starts_with_beit_as_its_image_expert(tiny: Path, tmp_path: Path) -
     assert found.keys() == new.keys()
     for block, kinds in ((0, 2), (1, 3)):
         first = state[f"blocks.{block}.mlp.fc1.weight"].T
-        assert torch.equal(found[bank(block)][0], first)
-        assert torch.equal(found[bank(block)][1:], new[bank(block)][1:])
+        assert torch.equal(found[expert(block, "image")], first)
+        assert torch.equal(found[expert(block, "text")], new[expert(block, "text")])
         norm = found[f"encoder.blocks.{block}.norm2.weight"]
         assert torch.equal(norm[0], state[f"blocks.{block}.norm2.weight"])
         assert torch.equal(norm[1:], torch.ones(kinds - 1, 16))
@@ -91,9 +97,9 @@ def test_images_alone_are_encoded_as_beit_does(tiny: Path, tmp_path: Path) -> No
 def test_eve_starts_with_copies_in_every_expert(tiny: Path, tmp_path: Path) -> None:
     state, both = beit_state(), "start.feed_forward=[image, text]"
     found = start(tiny, tmp_path, state, "beit", EVE, both)
-    for block, experts in ((0, 2), (1, 4)):
-        first = state[f"blocks.{block}.mlp.fc1.weight"].T
-        assert torch.equal(found[bank(block)], first.expand(experts, -1, -1))
+    for kind in ("image", "text"):
+        assert torch.equal(found[expert(0, kind)], state["blocks.0.mlp.fc1.weight"].T)
+    assert torch.equal(found[bank(1)], state["blocks.1.mlp.fc1.weight"].T.expand(4, -1, -1))
     assert torch.equal(found["encoder.blocks.1.norm2.weight"], state["blocks.1.norm2.weight"])
     router = "encoder.blocks.1.feed_forward.router.weight"
     routers = [name for name in found if ".router." in name]
@@ -103,7 +109,7 @@ def test_eve_starts_with_copies_in_every_expert(tiny: Path, tmp_path: Path) -> N
 
     noisy = start(tiny, tmp_path, state, "beit", EVE, both, "start.noise=0.1")
     first = state["blocks.1.mlp.fc1.weight"].T
-    assert torch.equal(noisy[bank(0)], found[bank(0)])
+    assert torch.equal(noisy[expert(0, "text")], found[expert(0, "text")])
     apart = noisy[bank(1)] - first
     assert float(apart.std() / first.std()) == pytest.approx(0.1, rel=0.1)
     assert all(not torch.equal(apart[0], apart[expert]) for expert in (1, 2, 3))
@@ -118,7 +124,7 @@ def test_pools_by_modality_and_the_expert_of_pairs(tiny: Path, tmp_path: Path) -
     first = state["blocks.1.mlp.fc1.weight"].T
     assert torch.equal(found[bank(1)][:3], new[bank(1)][:3])
     assert torch.equal(found[bank(1)][3:], first.expand(2, -1, -1))
-    assert torch.equal(found["encoder.blocks.1.feed_forward.fusion.w1_EDF"], first[None])
+    assert torch.equal(found["encoder.blocks.1.feed_forward.fusion.w1_DF"], first)
     norm = found["encoder.blocks.1.norm2.weight"]
     assert torch.equal(norm[1:], state["blocks.1.norm2.weight"].expand(2, -1))
     assert torch.equal(norm[0], torch.ones(16))
@@ -128,8 +134,9 @@ def test_experts_by_modality_fill_those_of_the_same_name(tiny: Path, tmp_path: P
     more = ("model.text_norm=after_positions", "model.num_types=3")
     state = vlmo_state(fusion_from=1, table_length=196, words=40)
     found = start(tiny, tmp_path, state, "vlmo", VLMO, *more, "model.image_size=20")
-    for row, kind in enumerate(("imag", "text", "vl")):
-        assert torch.equal(found[bank(1)][row], state[f"transformer.blocks.1.mlp_{kind}.fc1.weight"].T)
+    for ours, theirs in (("image", "imag"), ("text", "text"), ("fusion", "vl")):
+        mlp = state[f"transformer.blocks.1.mlp_{theirs}.fc1.weight"]
+        assert torch.equal(found[expert(1, ours)], mlp.T)
     # A second image starts as the first.
     types = state["token_type_embeddings.weight"]
     assert torch.equal(found["encoder.type_embedding"], types[[1, 0, 1]])
@@ -203,7 +210,7 @@ def test_the_command_writes_what_a_stage_starts_from(
     recipe = tiny_recipe(tiny, *SAME, VLMO)
     model = build_model(recipe.model, seed=0)
     load_weights(model, target)
-    first = dict(model.named_parameters())[bank(0)][0]
+    first = dict(model.named_parameters())[expert(0, "image")]
     assert torch.equal(first, beit_state()["blocks.0.mlp.fc1.weight"].T)
     assert main([*words, "--verify"]) == 0
     assert "the same, bit for bit" in capsys.readouterr().out

@@ -140,12 +140,13 @@ def test_ignored_names_are_left_out_or_start_anew() -> None:
     del official["transformer.blocks.0.mlp_text.fc1.bias"]
     patterns = ["ema.*", "*.0.mlp_text.*"]
     imported = import_state(official, "vlmo", SIZES, ignore=patterns)
-    bank = "encoder.blocks.0.feed_forward.experts"
-    assert imported.lacking == [f"{bank}.{part}" for part in ("w1_EDF", "b1_EF", "w2_EFD", "b2_ED")]
+    expert = "encoder.blocks.0.feed_forward.experts.text"
+    assert imported.lacking == [f"{expert}.{part}" for part in ("w1_DF", "b1_F", "w2_FD", "b2_D")]
     model = {name: p.detach() for name, p in imported.build(seed=3).named_parameters()}
-    assert torch.equal(model[f"{bank}.b1_EF"][0], official["transformer.blocks.0.mlp_imag.fc1.bias"])
-    assert not model[f"{bank}.b1_EF"][1].count_nonzero()
-    assert 0 < float(model[f"{bank}.w1_EDF"][1].abs().max()) <= imported.model.init_std
+    image = model["encoder.blocks.0.feed_forward.experts.image.b1_F"]
+    assert torch.equal(image, official["transformer.blocks.0.mlp_imag.fc1.bias"])
+    assert not model[f"{expert}.b1_F"].count_nonzero()
+    assert 0 < float(model[f"{expert}.w1_DF"].abs().max()) <= imported.model.init_std
 
 
 def test_an_unknown_size_is_named() -> None:

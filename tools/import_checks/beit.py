@@ -19,8 +19,8 @@ def pretrain(fixture: Fixture) -> dict[str, Tensor]:
     model = fixture.imported(form, **sizes).build()
     images, masked_BP = fixture.inputs["image"], fixture.inputs["bool_masked_pos"].bool()
     labels_K = fixture.inputs["labels"]
-    head = model.class_token_head
-    early = None if head is None else head_config(model).early
+    head = model.config.class_token_head
+    early = None if head is None else head.early
     hidden = HiddenStates(model)
     with hidden:
         encoded = model.encode(images_BCHW=images, masked_BP=masked_BP, early=early)
@@ -36,14 +36,8 @@ def pretrain(fixture: Fixture) -> dict[str, Tensor]:
     }
     loss = F.cross_entropy(found["logits_masked"], labels_K)
     if head is not None:
-        assert encoded.early_TD is not None
-        early_BID = encoded.early_TD.view_as(encoded.images_BID)
-        class_BD = hidden.images(encoded.layout)[-1][:, 0]
-        x_BID = head(class_BD, early_BID, bias(model))
-        norm = model.encoder.norm if head.norm is None else head.norm
-        codes = model.code_head if head.codes is None else head.codes
-        found["features_cls_pt"] = norm(x_BID, encoded.layout)
-        found["logits_cls_pt_all"] = codes(found["features_cls_pt"][:, 1:])
+        found["features_cls_pt"] = model.class_token_hidden(encoded)
+        found["logits_cls_pt_all"] = model.class_token_codes(found["features_cls_pt"][:, 1:])
         found["logits_cls_pt_masked"] = found["logits_cls_pt_all"][masked_BP]
         loss = loss + F.cross_entropy(found["logits_cls_pt_masked"], labels_K)
     return found | {"mim_loss": loss}
@@ -64,27 +58,14 @@ def finetune(fixture: Fixture) -> dict[str, Tensor]:
     }
 
 
-def head_config(model: VisionLanguageModel):
-    assert model.config.class_token_head is not None
-    return model.config.class_token_head
-
-
-def bias(model: VisionLanguageModel) -> Tensor | None:
-    """Of the attention logits of images, where one table serves all blocks."""
-    relative = model.encoder.relative_positions
-    if relative is None:
-        return None
-    size = relative.num_image
-    return relative(relative.index_NN[:size, :size], 0)
-
-
 def positions(model: VisionLanguageModel) -> dict[str, Tensor]:
     config = model.config
     found = {}
     if config.relative_positions != "none":
         found["relative_position_index"] = image_index(config.image_size // config.patch_size)
-    if config.relative_positions == "shared" and (shared := bias(model)) is not None:
-        found["rel_pos_bias"] = shared
+    relative = model.encoder.relative_positions
+    if config.relative_positions == "shared" and relative is not None:
+        found["rel_pos_bias"] = relative(found["relative_position_index"], 0)
     return found
 
 

@@ -27,12 +27,14 @@ from eve.errors import UserError
 from eve.model import parameter_shapes
 from eve.model.heads import ContrastHead
 from eve.model.initialisation import generator_for, initial_value
+from eve.moe.hard_experts import KINDS
 
 MODALITIES = ("image", "text")
-HARD = {"shared": ("shared",), "modality": MODALITIES, "fusion": (*MODALITIES, "fusion")}
 # What must be the same, and what changes the function without changing a shape.
 SIZES = ("width", "depth", "heads", "hidden", "patch_size")
-SILENT = ("activation", "norm_eps", "text_norm", "text_norm_eps")
+SILENT = ("activation", "norm_eps")
+SILENT_OF_TEXT = ("text_norm", "text_norm_eps")
+WORDS = "encoder.text_embedding.word.weight"
 TABLE = "encoder.relative_positions.table_TRH"
 
 _SLOT = re.compile(r"encoder\.blocks\.(\d+)\.(norm2|feed_forward)\.(.+)$")
@@ -60,7 +62,7 @@ class Fitting:
         self.left_behind = self._unplaced()
         self.notes = [
             f"model.{key} is {ours}, {theirs} in the source"
-            for key in SILENT
+            for key in (*SILENT, *(SILENT_OF_TEXT if WORDS in self._weights else ()))
             if (ours := getattr(target, key)) != (theirs := getattr(source.model, key))
         ]
 
@@ -121,7 +123,7 @@ class Fitting:
         return tensor
 
     def _slot(self, block: int, part: str, rest: str) -> Tensor | None:
-        """A norm before experts, or a part of a bank or of its router."""
+        """A norm before experts, or a weight of an expert, a bank or a router."""
         before, after = (m.feed_forward_of(block) for m in (self._source.model, self._target))
         prefix, name = f"encoder.blocks.{block}", f"encoder.blocks.{block}.{part}.{rest}"
         if before.router == "topk":
@@ -129,28 +131,41 @@ class Fitting:
         if rest.startswith("router."):
             return None
         if part == "norm2":
-            rows = [self._row(before, kind) for kind in _norm_kinds(after)]
-            found = _rows(self._weights.get(name), rows, by_kind=before.router != "shared")
-            return found[0] if found is not None and len(self.shapes[name]) == 1 else found
-        bank, _, tensor = rest.partition(".")
-        kinds = ["fusion"] if bank == "fusion" else _expert_kinds(after)
-        rows = [self._row(before, kind, turn) for turn, kind in enumerate(kinds)]
-        found = _rows(self._weights.get(f"{prefix}.feed_forward.experts.{tensor}"), rows, by_kind=True)
-        if found is not None and after.router == "topk" and bank == "experts" and found.ndim == 3:
+            return self._norm(name, before, after)
+        experts = f"{prefix}.feed_forward.experts"
+        if after.router != "topk" or rest.startswith("fusion."):
+            kind, weight = rest.removeprefix("experts.").split(".", 1)
+            source = self._filling(before, kind)
+            return None if source is None else self._weights.get(f"{experts}.{source}.{weight}")
+        # A bank: its weights are called as those of one expert, with an E for the first dimension.
+        weight, _, dimensions = rest.removeprefix("experts.").partition("_E")
+        filling = [self._filling(before, kind, turn) for turn, kind in enumerate(_pool_kinds(after))]
+        names = [f and f"{experts}.{f}.{weight}_{dimensions}" for f in filling]
+        found = _stacked([self._weights.get(source) if source else None for source in names])
+        if found is not None and found.ndim == 3 and self._start.noise:
             noise = torch.randn(found.shape, generator=generator_for(self._seed, f"start.{name}"))
             found = found + noise * (self._start.noise * float(found[~found.isnan()].std()))
         return found
 
-    def _row(self, before: FeedForward, kind: str, turn: int = 0) -> int | None:
-        """Which of the source's experts fills one of that kind; `any`: the pool of both modalities."""
-        listed = self._start.feed_forward
-        kinds = HARD[before.router]
+    def _norm(self, name: str, before: FeedForward, after: FeedForward) -> Tensor | None:
+        kinds, tensor = KINDS[before.router], self._weights.get(name)
+        if tensor is None:
+            return None
+        rows = tensor[None] if len(kinds) == 1 else tensor
+        filling = [self._filling(before, kind) for kind in _norm_kinds(after)]
+        found = _stacked([None if f is None else rows[kinds.index(f)] for f in filling])
+        return found[0] if found is not None and len(self.shapes[name]) == 1 else found
+
+    def _filling(self, before: FeedForward, kind: str, turn: int = 0) -> str | None:
+        """Which of the source's experts fills one of that kind; `both`: of the pool of both modalities."""
+        listed, kinds = self._start.feed_forward, KINDS[before.router]
+        mixed = kind in ("both", "shared")
         if kinds == ("shared",):
-            return 0 if kind in listed or (kind in ("any", "shared") and listed) else None
-        if kind in ("any", "shared"):
-            usable = [k for k in MODALITIES if k in listed]
-            return kinds.index(usable[turn % len(usable)]) if usable else None
-        return kinds.index(kind) if kind in kinds else None
+            return "shared" if kind in listed or (mixed and listed) else None
+        if mixed:
+            usable = [modality for modality in MODALITIES if modality in listed]
+            return usable[turn % len(usable)] if usable else None
+        return kind if kind in kinds else None
 
     def _initial(self, name: str) -> Tensor:
         shape, model = self.shapes[name], self._target
@@ -171,8 +186,7 @@ class Fitting:
                     f"{self._where}: {key} is {getattr(source, key)}, the recipe has model.{key} "
                     f"{getattr(target, key)}"
                 )
-        words = "encoder.text_embedding.word.weight"
-        if words in self._weights and source.vocab_size != target.vocab_size:
+        if WORDS in self._weights and source.vocab_size != target.vocab_size:
             raise UserError(
                 f"{self._where} has {source.vocab_size} words, the recipe has model.vocab_size "
                 f"{target.vocab_size}; leave the words out with --ignore to start with new ones"
@@ -205,27 +219,25 @@ class Fitting:
         return left
 
 
-def _expert_kinds(feed_forward: FeedForward) -> list[str]:
-    if feed_forward.router != "topk":
-        return list(HARD[feed_forward.router])
+def _pool_kinds(feed_forward: FeedForward) -> list[str]:
+    """Of each expert of a learned router."""
     if feed_forward.experts_by_modality is None:
-        return ["any"] * feed_forward.num_experts
+        return ["both"] * feed_forward.num_experts
     pools = zip(MODALITIES, feed_forward.experts_by_modality, strict=True)
     return [kind for kind, size in pools for _ in range(size)]
 
 
 def _norm_kinds(feed_forward: FeedForward) -> list[str]:
     if feed_forward.router != "topk":
-        return list(HARD[feed_forward.router])
+        return list(KINDS[feed_forward.router])
     if feed_forward.experts_by_modality is None:
-        return ["any"]
+        return ["both"]
     return [*MODALITIES, *(["fusion"] if feed_forward.fusion_expert else [])]
 
 
-def _rows(tensor: Tensor | None, rows: list[int | None], *, by_kind: bool) -> Tensor | None:
-    """Those rows of a tensor with one for each kind, or of one for all; NaN for None."""
-    if tensor is None or all(row is None for row in rows):
+def _stacked(rows: list[Tensor | None]) -> Tensor | None:
+    """NaN for rows that there are not; None for none at all."""
+    known = next((row for row in rows if row is not None), None)
+    if known is None:
         return None
-    stacked = tensor if by_kind else tensor[None]
-    nothing = torch.full_like(stacked[0], torch.nan)
-    return torch.stack([nothing if row is None else stacked[row] for row in rows])
+    return torch.stack([torch.full_like(known, torch.nan) if row is None else row for row in rows])
