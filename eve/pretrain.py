@@ -35,6 +35,7 @@ from eve.data.shards import resolve
 from eve.data.tokenizer import Tokenizer
 from eve.errors import UserError
 from eve.model import count_parameters
+from eve.objectives.masked_codes import check_visual_tokenizer
 from eve.parallel.launcher import Console, read_environment
 from eve.parallel.topology import Topology
 from eve.parallel.watchdog import Watchdog
@@ -177,14 +178,18 @@ def default_run_dir(options: argparse.Namespace, recipe: Recipe) -> Path:
 
 
 def load_data(recipe: Recipe) -> Tokenizer:
-    """The tokenizer; raises UserError where it or the shards of a source are missing or do not fit."""
+    """The tokenizer; raises UserError where it, the visual one or shards are missing or do not fit."""
     tokenizer = Tokenizer.load(recipe.data.tokenizer)
     if tokenizer.vocab_size != recipe.model.vocab_size:
         raise UserError(
             f"the tokenizer {recipe.data.tokenizer} has {tokenizer.vocab_size} pieces, "
             f"model.vocab_size is {recipe.model.vocab_size}"
         )
-    for source in sorted({stream.source for stage in recipe.stages for stream in stage.streams}):
+    streams = [stream for stage in recipe.stages for stream in stage.streams]
+    if any(stream.image_target == "codes" for stream in streams):
+        assert recipe.data.visual_tokenizer is not None
+        check_visual_tokenizer(recipe.data.visual_tokenizer, recipe.model)
+    for source in sorted({stream.source for stream in streams}):
         for shards in recipe.data.sources[source].mix:
             resolve(shards.shards)
     return tokenizer

@@ -173,7 +173,8 @@ def _is_partial(name: str, parameter: nn.Parameter, names: set[str], sequence: b
         return name == canonical(name)
     if kind is not Kind.REPLICATED:
         return False
-    return ".router." in name or (sequence and (".blocks." in name or name.startswith("encoder.norm.")))
+    between = ".blocks." in name or name.startswith(("encoder.norm.", "class_token_head.norm."))
+    return ".router." in name or (sequence and between)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from eve.parallel.topology import check_degrees
 from eve.training.ds_config import DS_CONFIGS, read_ds_config, resolve_ds_config, state_format
 
 # What a forward pass takes from a source with pictures and from one with texts.
-IMAGE_OBJECTIVES = ("masked_image", "masked_pair")
+IMAGE_OBJECTIVES = ("masked_image", "masked_codes", "masked_pair")
 TEXT_OBJECTIVES = ("masked_text", "masked_pair")
 
 
@@ -171,7 +171,7 @@ def passes_of(layout: Layout, recipe: Recipe, stage: Stage, text_length: float) 
         text = round(min(text_length, model.max_text_length)) if source.kind != "image" else 0
         visible = model.num_patches if source.kind != "text" else 0
         masked = 0
-        if objective in IMAGE_OBJECTIVES:
+        if objective in IMAGE_OBJECTIVES and stream.image_input == "visible":
             masked = num_masked_patches(visible, stream.image_ratio)
         words = 0
         if objective in TEXT_OBJECTIVES:

@@ -86,12 +86,14 @@ class ModelWeights:
             return False
         if kind in (Kind.ROW_BIAS, Kind.EXPERT) or ".router." in name:
             return True
-        between = ".blocks." in name or name.startswith("encoder.norm.")
+        between = ".blocks." in name or name.startswith(("encoder.norm.", "class_token_head.norm."))
         return kind is Kind.REPLICATED and layout.sequence and between
 
     def _uses(self, stream: Stream, name: str) -> bool:
         if name.startswith("decoder."):
-            return stream.objective in IMAGE_OBJECTIVES
+            return stream.objective in IMAGE_OBJECTIVES and stream.image_target == "pixels"
+        if name.startswith(("code_head.", "class_token_head.")):
+            return stream.image_target == "codes"
         if name.startswith("word_head."):
             return stream.objective in TEXT_OBJECTIVES
         if "text_embedding." in name:

@@ -3,7 +3,8 @@
 Counted: all matrix products (a multiply and an add are two operations). Per token only the experts
 it goes to, per sample only its own tokens: what a padded or dense implementation would waste is not
 credited. Not counted: norms, activations, softmax, embeddings, sums of the routers over groups, the
-optimizer. Backward is twice forward, as usual (PaLM, appendix B), although pixels need no gradient.
+optimizer, the visual tokenizer. Backward is twice forward, as usual (PaLM, appendix B), although pixels need
+no gradient.
 
 `model` operations are what the mathematics needs, and MFU is taken of them; `hardware` adds the second
 forward pass of the blocks under activation checkpointing.
@@ -77,14 +78,19 @@ def batch_flops(model: Model, stream: Stream, batch: Batch, *, checkpointing: bo
     num_visible = num_masked_patches = 0
     if batch.images_BCHW is not None:
         num_visible = model.num_patches
-    if "visible_V" in masks:
-        num_visible, num_masked_patches = masks["visible_V"].shape[1], masks["masked_M"].shape[1]
+    if "masked_M" in masks:
+        num_masked_patches = masks["masked_M"].shape[1]
+    if "visible_V" in masks and stream.image_input == "visible":
+        num_visible = masks["visible_V"].shape[1]
+    codes = stream.image_target == "codes"
     parts = forward_flops(
         model,
         num_samples=batch.size,
         num_visible=num_visible,
         text_lengths=batch.text_lengths,
-        num_masked_patches=num_masked_patches,
+        num_masked_patches=0 if codes else num_masked_patches,
+        mask_tokens=stream.image_input == "mask_token",
+        num_masked_codes=batch.size * num_masked_patches if codes else 0,
         num_masked_words=len(masks["target_N"]) if "target_N" in masks else 0,
     )
     return _backward_too(parts, checkpointing)
@@ -130,15 +136,19 @@ def forward_flops(
     num_visible: int,
     text_lengths: Sequence[int],
     num_masked_patches: int = 0,
+    mask_tokens: bool = False,
+    num_masked_codes: int = 0,
     num_masked_words: int = 0,
 ) -> dict[str, int]:
-    """Operations of one forward pass: `embedding`, `blocks` (encoder), `decoder`, `word_head`.
+    """Operations of one forward pass: `embedding`, `blocks` (encoder), `decoder`, `code_head`, `word_head`.
 
     Args:
         num_samples: samples of the batch.
         num_visible: patches of each sample that enter the encoder; 0 where there is no image.
         text_lengths: text tokens of each sample, [CLS] and [SEP] included; zeros where there is no text.
         num_masked_patches: patches of each sample that the decoder predicts; 0 runs no decoder.
+        mask_tokens: the encoder has seen mask tokens, and the decoder adds none.
+        num_masked_codes: patches of the whole batch whose codes are predicted.
         num_masked_words: words of the whole batch that the word head predicts.
     """
     pixels, width = 3 * model.patch_size**2, model.width
@@ -149,7 +159,7 @@ def forward_flops(
     if num_masked_patches:
         assert model.decoder is not None
         narrow, seen = model.decoder.width, num_samples * num_image
-        length = num_image + num_masked_patches
+        length = num_image + (0 if mask_tokens else num_masked_patches)
         # Multiply-adds per token: projections of attention 4 W^2, feed-forward 2 W F.
         per_token = 4 * narrow**2 + 2 * narrow * model.decoder.hidden_width
         attention = _attention_flops(narrow, [length] * num_samples)
@@ -163,6 +173,7 @@ def forward_flops(
         "embedding": 2 * num_samples * num_visible * pixels * width,
         "blocks": blocks,
         "decoder": decoder,
+        "code_head": _code_flops(model, num_samples, num_image, num_masked_codes),
         "word_head": 2 * num_masked_words * (width * width + width * model.vocab_size),
     }
 
@@ -170,6 +181,19 @@ def forward_flops(
 def _blocks_flops(model: Model, lengths: Sequence[int], blocks: range) -> int:
     attention = _attention_flops(model.width, lengths)
     return sum(sum(lengths) * _token_flops(model, block) + attention for block in blocks)
+
+
+def _code_flops(model: Model, num_samples: int, num_image: int, num_codes: int) -> int:
+    """The head of masked patches' codes, and BEiT v2's second one with its blocks over the image tokens."""
+    if not num_codes:
+        return 0
+    assert model.visual_codes is not None
+    output = 2 * num_codes * model.width * model.visual_codes
+    if model.class_token_head is None:
+        return output
+    per_token = 2 * (4 * model.width**2 + 2 * model.width * model.hidden)
+    block = num_samples * num_image * per_token + _attention_flops(model.width, [num_image] * num_samples)
+    return 2 * output + model.class_token_head.depth * block
 
 
 def _token_flops(model: Model, block: int) -> int:
