@@ -30,7 +30,7 @@ OVERRIDES = (
 # ZeRO stage 3 is for recipes without a learned router.
 DENSE = ('model.feed_forward=[{blocks: "0-1", router: modality}]', *OVERRIDES)
 NO_DECAY = re.compile(
-    r"norm|bias|gamma|token|position|type_embedding|embedding\.word|modality_vector|b1_E?F|b2_E?D|temperature"
+    r"norm|bias|gamma|_token$|position|type_embedding|embedding\.word|modality_vector|b1_E?F|b2_E?D|temperature"
 )
 
 
@@ -63,7 +63,10 @@ def read_batches(recipe: Recipe, steps: int) -> list[list[Sample]]:
     """The samples of each step, of as many passes over the tiny data as it takes."""
     tokenizer = Tokenizer.load(recipe.data.tokenizer)
     stage = recipe.stages[0]
-    objectives = {stream.name: build_objective(stream, recipe.model) for stream in stage.streams}
+    objectives = {
+        stream.name: build_objective(stream, recipe.model, visual_tokenizer=recipe.data.visual_tokenizer)
+        for stream in stage.streams
+    }
     found: list[Sample] = []
     while len(found) < steps * BATCH:
         samples = read_samples(
