@@ -68,6 +68,14 @@ def test_the_picture_follows_from_the_official_length_of_text_or_the_buffer() ->
     assert (model.image_size, model.text_positions) == (12, 9)
 
 
+def test_heads_that_do_not_show_are_those_of_the_official_models() -> None:
+    for width, heads in ((768, 12), (544, 16), (1024, 16), (1280, 16)):
+        official = vlmo_state(relative=False, width=width, depth=1, words=8)
+        assert import_state(official, "vlmo").model.heads == heads
+    with pytest.raises(UserError, match="how many heads a model of width 16 has does not show; say heads"):
+        import_state(vlmo_state(relative=False), "vlmo")
+
+
 def test_berts_row_for_all_words_is_added_to_them() -> None:
     official = vlmo_state()
     rows = official["text_embeddings.token_type_embeddings.weight"]

@@ -27,19 +27,20 @@ CLASS_ROWS = 3
 
 
 def read_model(names: Names, sizes: Sizes) -> dict[str, Any]:
-    """`heads`: null is the last of a table of relative positions, or width / 64 without one. `image_size`
-    is asked only where there are no positions at all. The text's sizes are those of the model to build."""
+    """`heads`: null is what a table of relative positions has, or that of the official models
+    (layers.official_heads). `image_size` is asked only where there are no positions at all. The text's sizes
+    are those of the model to build."""
     width, _, patch, _ = names.shape("patch_embed.proj.weight")
     depth = names.count("blocks.")
     tables = [t for t in (SHARED_TABLE, BLOCK_TABLE.format(0)) if t in names]
-    heads = names.shape(tables[0])[1] if tables else width // 64
+    known = names.shape(tables[0])[1] if tables else None
     relative = "none" if not tables else "shared" if tables[0] == SHARED_TABLE else "blocks"
     tree: dict[str, Any] = {
         "image_size": _side(names, sizes, tables, patch) * patch,
         "patch_size": patch,
         "width": width,
         "depth": depth,
-        "heads": sizes["heads"] or heads,
+        "heads": sizes["heads"] or known or layers.official_heads(width, names.where),
         "hidden": names.shape("blocks.0.mlp.fc1.weight")[0],
         "vocab_size": sizes["vocab_size"],
         "max_text_length": sizes["text_positions"],

@@ -37,7 +37,7 @@ def read_model(names: Names, sizes: Sizes) -> dict[str, Any]:
         "patch_size": patch,
         "width": width,
         "depth": depth,
-        "heads": sizes["heads"] or width // 64,
+        "heads": sizes["heads"] or layers.official_heads(width, names.where),
         "hidden": names.shape(f"{LAYERS}0.ffn.A.fc1.weight")[0],
         "vocab_size": names.shape("beit3.text_embed.weight")[0],
         "max_text_length": sizes["max_text_length"] or length,

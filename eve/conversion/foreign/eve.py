@@ -42,7 +42,7 @@ def read_model(names: Names, sizes: Sizes) -> dict[str, Any]:
         "patch_size": patch,
         "width": width,
         "depth": depth,
-        "heads": sizes["heads"] or width // 64,
+        "heads": sizes["heads"] or layers.official_heads(width, names.where),
         "hidden": _hidden(names),
         "vocab_size": names.shape("backbone.word_embedding.weight")[0],
         "max_text_length": sizes["max_text_length"] or length,

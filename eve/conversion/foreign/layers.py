@@ -15,6 +15,10 @@ from eve.conversion.foreign.names import Names
 from eve.errors import UserError
 from eve.moe.hard_experts import KINDS
 
+# Of most published models; and those of other widths: VLMo-Base+, ViT-H, ViT-g, ViT-G.
+HEAD_WIDTH = 64
+OFFICIAL_HEADS = {544: 16, 1280: 16, 1408: 16, 1664: 16}
+
 
 def hard_experts(
     names: Names, router: str, sources: list[str], target: str, width: int, hidden: int
@@ -95,6 +99,15 @@ def patch_convolution(weights: dict[str, Tensor], target: str, model: Model) -> 
         f"{target}.weight": weights[f"{source}.weight"].unflatten(1, kernel),
         f"{target}.bias": weights[f"{source}.bias"],
     }
+
+
+def official_heads(width: int, where: str) -> int:
+    """Of the published models of a width, whose tensors do not tell. Raises UserError where none is known."""
+    if width in OFFICIAL_HEADS:
+        return OFFICIAL_HEADS[width]
+    if width % HEAD_WIDTH:
+        raise UserError(f"{where}: how many heads a model of width {width} has does not show; say heads")
+    return width // HEAD_WIDTH
 
 
 def side_of(num_patches: int, where: str) -> int:

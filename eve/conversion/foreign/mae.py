@@ -38,7 +38,7 @@ def read_model(names: Names, sizes: Sizes) -> dict[str, Any]:
         "patch_size": patch,
         "width": width,
         "depth": depth,
-        "heads": sizes["heads"] or width // 64,
+        "heads": sizes["heads"] or layers.official_heads(width, names.where),
         "hidden": names.shape("blocks.0.mlp.fc1.weight")[0],
         "vocab_size": sizes["vocab_size"],
         "max_text_length": sizes["text_positions"],

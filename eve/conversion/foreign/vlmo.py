@@ -32,8 +32,9 @@ CLASSIFIERS = ("vqa", "nlvr2")
 
 
 def read_model(names: Names, sizes: Sizes) -> dict[str, Any]:
-    """`heads`: null is the last of the table of relative positions, or width / 64 without one. `image_size`:
-    null is what `text_positions` leave of that table, or the table of absolute positions."""
+    """`heads`: null is what the table of relative positions has, or without one that of the official models
+    (layers.official_heads). `image_size`: null is what `text_positions` leave of that table, or the
+    table of absolute positions."""
     width, _, patch, _ = names.shape("transformer.patch_embed.proj.weight")
     depth = names.count("transformer.blocks.")
     words = names.shape("text_embeddings.word_embeddings.weight")[0]
@@ -59,7 +60,7 @@ def read_model(names: Names, sizes: Sizes) -> dict[str, Any]:
         ],
         **_positions(names, sizes, depth, patch),
     }
-    tree["heads"] = sizes["heads"] or tree.get("heads") or width // 64
+    tree["heads"] = sizes["heads"] or tree.get("heads") or layers.official_heads(width, names.where)
     paths = [path for path, (_, scale) in PATHS.items() if scale in names]
     if paths:
         vector = names.shape(f"{PATHS[paths[0]][0].format('text')}.fc.weight")[0]
