@@ -448,6 +448,9 @@ class Stage(Section):
     lr: float = Field(gt=0)
     warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    # accumulate: a step adds the gradients of all sources (MoMo's cross-modality gradient accumulation).
+    # rotate: steps take the sources in turn, in the order of the streams (FLAVA's round-robin).
+    gradients: Literal["accumulate", "rotate"] = "accumulate"
     # Name patterns (fnmatch) of the parameters that learn.
     trainable: tuple[str, ...] = ("*",)
     # Where it is not optimizer.weight_decay. With 0, experts that no token of the stage meets stay as they are:
@@ -464,6 +467,16 @@ class Stage(Section):
         if len(set(names)) != len(names):
             raise ValueError(f"stream names {names} are not all different")
         return self
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources of the streams, in their order."""
+        return tuple(dict.fromkeys(stream.source for stream in self.streams))
+
+    def sources_of(self, step: int) -> tuple[str, ...]:
+        """Those that step number `step` of the stage reads."""
+        sources = self.sources
+        return sources if self.gradients == "accumulate" else (sources[step % len(sources)],)
 
 
 class Optimizer(Section):

@@ -108,7 +108,7 @@ def step_contents(recipe_path: Path, num_workers: int, num_steps: int) -> list[l
     feed = StepFeed(recipe, stage, plan, Tokenizer.load(recipe.data.tokenizer), objectives, topology, {})
     steps = []
     for _ in range(num_steps):
-        data = feed.next(stop=False)
+        data = feed.next(0, stop=False)
         assert data.flags.tolist() == [0, 0, 0]
         samples = next(batch.samples for stream, batch in data.passes if stream.source == "pairs")
         units = {name: float(value) * topology.world_size for name, value in data.units.items()}

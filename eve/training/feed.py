@@ -64,9 +64,10 @@ class StepFeed:
     ) -> None:
         self.stage, self.plan, self.objectives, self.topology = stage, plan, objectives, topology
         self.error: UserError | None = None
+        self._states: dict[str, Any] = {}
         # Iterators of SourceStream, which have a `close` besides.
         self._sources: dict[str, Any] = {}
-        for name in sorted({stream.source for stream in stage.streams}):
+        for name in stage.sources:
             source = recipe.data.sources[name]
             stream = SourceStream(
                 source,
@@ -88,25 +89,24 @@ class StepFeed:
                 stream.load_state(states[name])
             self._sources[name] = iter(stream)
 
-    def next(self, *, stop: bool) -> StepData:
-        """The next step. `stop`: this rank wants no more. All ranks call it together.
+    def next(self, step: int, *, stop: bool) -> StepData:
+        """Step number `step` of the stage, from 0. `stop`: this rank wants no more. All ranks call it together.
 
         Where this rank's data fails the error is kept in `error`, and the flags tell all ranks.
         """
         start = time.perf_counter()
         passes: list[tuple[Stream, Batch]] = []
-        states: dict[str, Any] = {}
         num_samples = 0
         try:
             batches: dict[str, list[Batch]] = {}
-            for name, source in self._sources.items():
-                samples, states[name] = next(source)
+            for name in self.stage.sources_of(step):
+                samples, self._states[name] = next(self._sources[name])
                 num_samples += len(samples)
                 size = self.plan.micro_batch[name]
                 batches[name] = [collate(samples[i : i + size]) for i in range(0, len(samples), size)]
             for number in range(max(len(cut) for cut in batches.values())):
                 for stream in self.stage.streams:
-                    if number < len(batches[stream.source]):
+                    if number < len(batches.get(stream.source, ())):
                         passes.append((stream, batches[stream.source][number]))
         except UserError as error:
             self.error = error
@@ -116,7 +116,7 @@ class StepFeed:
             sums[stream.name] = sums[stream.name] + units if stream.name in sums else units
         seconds = time.perf_counter() - start
         samples = [(sample.key, sample.epoch) for _, batch in passes for sample in batch.samples]
-        return StepData(passes, *self._agree(sums, stop, samples), states, num_samples, seconds)
+        return StepData(passes, *self._agree(sums, stop, samples), dict(self._states), num_samples, seconds)
 
     def _agree(
         self, sums: dict[str, Tensor], stop: bool, samples: list[tuple[str, int]]

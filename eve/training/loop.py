@@ -185,7 +185,7 @@ class Run:
         last_step = first_step + stage.steps
         saved_at = state.step
         meter = Meter(self.recipe, self.topology)
-        data = current = self._next(feed) if state.step < last_step else None
+        data = current = self._next(feed, state.step - first_step) if state.step < last_step else None
         while data is not None:
             wanted, failed, differing = data.flags.tolist()
             if failed:
@@ -200,7 +200,7 @@ class Run:
             current = data
             rate = learning_rate(stage, state.step - first_step)
             outputs = self._passes(engine, plan, current)
-            data = self._next(feed) if state.step + 1 < last_step else None
+            data = self._next(feed, state.step + 1 - first_step) if state.step + 1 < last_step else None
             applied = engine.step(rate)
             state.step += 1
             meter.count(current)
@@ -223,8 +223,8 @@ class Run:
             self._save(engine, current.states)
         return state.step == last_step
 
-    def _next(self, feed: StepFeed) -> StepData:
-        return feed.next(stop=self.stop.signal is not None)
+    def _next(self, feed: StepFeed, step: int) -> StepData:
+        return feed.next(step, stop=self.stop.signal is not None)
 
     def _passes(self, engine: Engine, plan: StepPlan, data: StepData) -> list[ObjectiveOutput]:
         """Forward and backward of every pass of the step."""

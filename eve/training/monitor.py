@@ -60,6 +60,13 @@ class Monitor:
         self.topology = topology
         self.active = topology.rank == 0
         self.run_dir = Path(run_dir)
+        model = recipe.model
+        # Experts of each pool of the learned routers, by layer.
+        self._pools = {
+            block: ff.pools
+            for block in range(model.depth)
+            if (ff := model.feed_forward_of(block)).router == "topk"
+        }
         self.total_steps = sum(stage.steps for stage in recipe.stages)
         self._console = console or sys.stdout
         self._samples = self.run_dir / "samples"
@@ -89,12 +96,15 @@ class Monitor:
             line = console_line(step, self.total_steps, metrics, timing, eta)
             print(line, file=self._console, flush=True)
 
-    def log_router(self, step: int, stats: Sequence[RouterStats]) -> None:
-        """Entropy, drops and losses of each router as metrics, the load of its experts as a heat map."""
+    def log_router(self, step: int, stats: Mapping[str, Sequence[RouterStats]]) -> None:
+        """Entropy, drops and losses of each router as metrics, the load of its experts as a heat map; `stats`
+        by stream."""
 
         def write() -> None:
-            self._events.add_image("router/expert_load", load_heat_map(stats), step, dataformats="HWC")
-            self._write(step, router_metrics(stats))
+            calls = [call for stream in stats.values() for call in stream]
+            picture = load_heat_map(calls, self._pools)
+            self._events.add_image("router/expert_load", picture, step, dataformats="HWC")
+            self._write(step, router_metrics(stats, self._pools))
 
         if stats:
             self._on_rank_0(write)
@@ -206,28 +216,32 @@ def memory_gib(device: torch.device | str) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB on Linux
 
 
-def router_metrics(stats: Sequence[RouterStats]) -> dict[str, float]:
-    """For each layer, over all its calls: entropy per token in nats, auxiliary losses (means over the calls),
-    and by modality the share of dropped choices and the largest load of an expert over the mean one (1 is
-    even, E is collapse)."""
+def router_metrics(
+    stats: Mapping[str, Sequence[RouterStats]], pools: Mapping[int, tuple[int, ...]]
+) -> dict[str, float]:
+    """For each layer, over all its calls: entropy per token in nats, auxiliary losses (means over the streams),
+    and by modality the largest load of an expert over the mean one of its pool (1 is even, E is collapse) and
+    the share of dropped choices, in all and in each stream."""
     metrics: dict[str, float] = {}
-    for layer, calls in sorted(_by_layer(stats).items()):
+    everything = [call for calls in stats.values() for call in calls]
+    for layer, calls in sorted(_by_layer(everything).items()):
         name = f"router/layer_{layer:02d}"
         tokens = sum(int(call.tokens_M.sum()) for call in calls)
         metrics[f"{name}/entropy"] = sum(float(call.entropy) for call in calls) / max(tokens, 1)
         for loss in LOSSES:
             metrics[f"{name}/{loss}"] = sum(float(getattr(call, loss)) for call in calls) / len(calls)
-        counts_ME, dropped_M = _totals(calls)
-        for modality, choices_E in enumerate(counts_ME):
+        for kind, choices_E, dropped in _loads(calls, pools[layer]):
             choices = choices_E.sum()
-            if choices:
-                kind = MODALITIES[modality]
-                metrics[f"{name}/dropped_{kind}"] = float(dropped_M[modality] / choices)
-                metrics[f"{name}/max_load_{kind}"] = float(choices_E.max() * len(choices_E) / choices)
+            metrics[f"{name}/dropped_{kind}"] = dropped / choices
+            metrics[f"{name}/max_load_{kind}"] = float(choices_E.max() * len(choices_E) / choices)
+        for stream, all_layers in stats.items() if len(stats) > 1 else ():
+            here = [call for call in all_layers if call.layer == layer]
+            for kind, choices_E, dropped in _loads(here, pools[layer]) if here else ():
+                metrics[f"{name}/dropped_{kind}/{stream}"] = dropped / choices_E.sum()
     return metrics
 
 
-def load_heat_map(stats: Sequence[RouterStats]) -> np.ndarray:
+def load_heat_map(stats: Sequence[RouterStats], pools: Mapping[int, tuple[int, ...]]) -> np.ndarray:
     """uint8 (H, W, C): a row for each layer and modality, a column for each expert.
 
     The number and the colour are the expert's share of the choices over the even share 1 / E: white is
@@ -235,11 +249,8 @@ def load_heat_map(stats: Sequence[RouterStats]) -> np.ndarray:
     """
     rows: list[tuple[str, np.ndarray]] = []
     for layer, calls in sorted(_by_layer(stats).items()):
-        counts_ME, _ = _totals(calls)
-        for modality, choices_E in enumerate(counts_ME):
-            if choices_E.sum():
-                label = f"layer {layer} {MODALITIES[modality]}"
-                rows.append((label, choices_E * len(choices_E) / choices_E.sum()))
+        for kind, choices_E, _ in _loads(calls, pools[layer]):
+            rows.append((f"layer {layer} {kind}", choices_E * len(choices_E) / choices_E.sum()))
     cell, margin = 28, 100
     num_experts = max((len(load_E) for _, load_E in rows), default=0)
     picture = Image.new("RGB", (margin + cell * num_experts, cell * (len(rows) + 1)), "white")
@@ -270,8 +281,15 @@ def _by_layer(stats: Sequence[RouterStats]) -> dict[int, list[RouterStats]]:
     return layers
 
 
-def _totals(calls: Sequence[RouterStats]) -> tuple[np.ndarray, np.ndarray]:
-    """Choices (M, E) and dropped choices (M,) summed over the calls of a layer."""
+def _loads(calls: Sequence[RouterStats], pools: tuple[int, ...]) -> list[tuple[str, np.ndarray, float]]:
+    """Of each modality that was routed, over the calls of a layer: (its name, choices (E,) of the experts of its
+    pool, dropped choices)."""
     counts_ME = torch.stack([call.counts_ME for call in calls]).sum(0).cpu().numpy()
-    dropped_M = torch.stack([call.dropped_M for call in calls]).sum(0).cpu().numpy()
-    return counts_ME, dropped_M
+    dropped_M = torch.stack([call.dropped_M for call in calls]).sum(0).tolist()
+    loads = []
+    for modality, choices_E in enumerate(counts_ME):
+        if len(pools) > 1:
+            choices_E = np.split(choices_E, [pools[0]])[modality]
+        if choices_E.sum():
+            loads.append((MODALITIES[modality], choices_E, float(dropped_M[modality])))
+    return loads

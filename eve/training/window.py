@@ -38,8 +38,8 @@ class Window:
             self.add(f"metric/{name}/{stream}", torch.stack([total.double(), count.double()]))
         for stats in output.router_stats:
             for name in ROUTER_FIELDS:
-                self.add(f"router/{stats.layer}/{name}", getattr(stats, name))
-            self.add(f"router/{stats.layer}/calls", 1.0)
+                self.add(f"router/{stats.layer}/{stream}/{name}", getattr(stats, name))
+            self.add(f"router/{stats.layer}/{stream}/calls", 1.0)
 
     def fetch(self, topology: Topology) -> dict[str, Tensor]:
         """Sums over data-parallel ranks, on the CPU; starts a new window. All ranks have the same names."""
@@ -78,16 +78,16 @@ def means(sums: dict[str, Tensor]) -> dict[str, float]:
     }
 
 
-def router_stats(sums: dict[str, Tensor]) -> list[RouterStats]:
-    """One for each layer: sums over the window, but the losses, which are means over the calls."""
-    layers = sorted({int(name.split("/")[1]) for name in sums if name.startswith("router/")})
-    stats = []
-    for layer in layers:
-        fields = {name: sums[f"router/{layer}/{name}"] for name in ROUTER_FIELDS}
-        calls = sums[f"router/{layer}/calls"]
+def router_stats(sums: dict[str, Tensor]) -> dict[str, list[RouterStats]]:
+    """By stream, one for each layer: sums over the window, but the losses, which are means over the calls."""
+    calls = [name.split("/")[1:3] for name in sums if name.startswith("router/") and name.endswith("/calls")]
+    stats: dict[str, list[RouterStats]] = {}
+    for layer, stream in sorted((int(layer), stream) for layer, stream in calls):
+        prefix = f"router/{layer}/{stream}"
+        fields = {name: sums[f"{prefix}/{name}"] for name in ROUTER_FIELDS}
         for name in LOSSES:
-            fields[name] = fields[name] / calls
+            fields[name] = fields[name] / sums[f"{prefix}/calls"]
         for name in ("counts_ME", "dropped_M", "tokens_M"):
             fields[name] = fields[name].long()
-        stats.append(RouterStats(layer=layer, **fields))
+        stats.setdefault(stream, []).append(RouterStats(layer=layer, **fields))
     return stats

@@ -124,7 +124,7 @@ def read_with_a_fault(recipe_path: Path, faulty_rank: int) -> list[float]:
     feed = StepFeed(recipe, stage, plan, Tokenizer.load(recipe.data.tokenizer), objectives, topology, {})
     if topology.rank == faulty_rank:
         next(feed._sources["pairs"])
-    flags = feed.next(stop=False).flags.tolist()
+    flags = feed.next(0, stop=False).flags.tolist()
     feed.close()
     return flags
 

@@ -63,7 +63,7 @@ def test_jsonl_gives_back_every_float_exactly_and_keeps_time_apart(tmp_path, rec
 def test_tensorboard_events_read_back(tmp_path, recipe):
     monitor = Monitor(tmp_path, recipe, topology(0), console=io.StringIO())
     monitor.log(10, {"loss/masked_image": 0.5}, {"tflops": 2.0})
-    monitor.log_router(10, [stats_of(4, [[3, 1], [2, 2]], entropy=2.0)])
+    monitor.log_router(10, {"a": [stats_of(4, [[3, 1], [2, 2]], entropy=2.0)]})
     image = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
     monitor.log_images(10, [Picture("pairs", image, "a *cat*")])
     monitor.close()
@@ -96,7 +96,7 @@ def test_other_ranks_write_nothing(tmp_path, recipe):
     console = io.StringIO()
     monitor = Monitor(tmp_path, recipe, topology(1), console=console)
     monitor.log(1, {"loss/a": 1.0}, {})
-    monitor.log_router(1, [stats_of(0, [[1, 1], [0, 0]])])
+    monitor.log_router(1, {"a": [stats_of(0, [[1, 1], [0, 0]])]})
     monitor.log_images(1, [])
     monitor.close()
     assert list(tmp_path.iterdir()) == []
@@ -109,26 +109,44 @@ def test_router_metrics_by_hand():
         stats_of(5, [[4, 0], [0, 0]], dropped_M=(1, 0), entropy=1.0),
         stats_of(5, [[2, 2], [0, 4]], dropped_M=(0, 0), entropy=2.0),
     ]
-    metrics = router_metrics(calls)
+    metrics = router_metrics({"images": calls[:1], "pairs": calls[1:]}, {5: (2,)})
     assert metrics["router/layer_05/entropy"] == 3.0 / 6
     assert metrics["router/layer_05/max_load_image"] == 6 * 2 / 8
     assert metrics["router/layer_05/max_load_text"] == 2.0
     assert metrics["router/layer_05/dropped_image"] == 1 / 8
     assert metrics["router/layer_05/dropped_text"] == 0.0
+    assert metrics["router/layer_05/dropped_image/images"] == 1 / 4
+    assert metrics["router/layer_05/dropped_image/pairs"] == 0.0
+    assert "router/layer_05/dropped_text/images" not in metrics
+
+
+def test_the_load_of_a_pool_is_over_its_own_experts():
+    """Two experts of images, three of texts."""
+    metrics = router_metrics({"pairs": [stats_of(1, [[3, 1, 0, 0, 0], [0, 0, 1, 1, 4]])]}, {1: (2, 3)})
+    assert metrics["router/layer_01/max_load_image"] == 3 * 2 / 4
+    assert metrics["router/layer_01/max_load_text"] == 4 * 3 / 6
 
 
 def test_heat_map_has_a_row_for_each_modality_that_was_routed():
-    both = load_heat_map([stats_of(0, [[2, 2], [1, 3]])])
-    image_only = load_heat_map([stats_of(0, [[2, 2], [0, 0]])])
-    wide = load_heat_map([stats_of(0, [[2, 2, 0, 0], [0, 0, 0, 0]])])
+    both = load_heat_map([stats_of(0, [[2, 2], [1, 3]])], {0: (len([[2, 2], [1, 3]][0]),)})
+    image_only = load_heat_map([stats_of(0, [[2, 2], [0, 0]])], {0: (len([[2, 2], [0, 0]][0]),)})
+    wide = load_heat_map(
+        [stats_of(0, [[2, 2, 0, 0], [0, 0, 0, 0]])], {0: (len([[2, 2, 0, 0], [0, 0, 0, 0]][0]),)}
+    )
     cell = both.shape[0] - image_only.shape[0]
     assert cell > 0
     assert wide.shape[1] - image_only.shape[1] == 2 * cell
     # The corner of a cell away from its number: white where the load is even, blue at 0, red at 2.
     corner = (2 * cell - 4, -4)
-    assert tuple(load_heat_map([stats_of(0, [[2, 2], [0, 0]])])[corner]) == (255, 255, 255)
-    assert tuple(load_heat_map([stats_of(0, [[4, 0], [0, 0]])])[corner]) == (80, 80, 255)
-    assert tuple(load_heat_map([stats_of(0, [[0, 4], [0, 0]])])[corner]) == (255, 80, 80)
+    assert tuple(
+        load_heat_map([stats_of(0, [[2, 2], [0, 0]])], {0: (len([[2, 2], [0, 0]][0]),)})[corner]
+    ) == (255, 255, 255)
+    assert tuple(
+        load_heat_map([stats_of(0, [[4, 0], [0, 0]])], {0: (len([[4, 0], [0, 0]][0]),)})[corner]
+    ) == (80, 80, 255)
+    assert tuple(
+        load_heat_map([stats_of(0, [[0, 4], [0, 0]])], {0: (len([[0, 4], [0, 0]][0]),)})[corner]
+    ) == (255, 80, 80)
 
 
 def test_console_line_names_losses_speed_and_remaining_time():

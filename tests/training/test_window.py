@@ -34,7 +34,8 @@ def test_a_mean_weighs_each_unit_alike() -> None:
     window.add_output("text", output(4.0, 8.0))
     sums = window.fetch(ONE)
     assert means(sums) == {"loss/text": 1.0}
-    (stats,) = router_stats(sums)
+    ((stream, (stats,)),) = router_stats(sums).items()
+    assert stream == "text"
     assert stats.layer == 3
     assert stats.counts_ME.tolist() == [[8, 0], [2, 4]]
     assert (float(stats.entropy), float(stats.load_balance)) == (4.0, 1.5)
