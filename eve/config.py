@@ -453,9 +453,6 @@ class Stage(Section):
     gradients: Literal["accumulate", "rotate"] = "accumulate"
     # Name patterns (fnmatch) of the parameters that learn.
     trainable: tuple[str, ...] = ("*",)
-    # Where it is not optimizer.weight_decay. With 0, experts that no token of the stage meets stay as they are:
-    # the experts of a layer are one parameter, and decay would shrink what has no gradient.
-    weight_decay: float | None = Field(default=None, ge=0)
     # Directory of exported weights to start from; null goes on from the stage before, or from the seed.
     init_from: str | None = None
 

@@ -162,10 +162,7 @@ class Run:
             where=self.ds_where,
         )
         module = build_stage(self.recipe, stage, previous, self.topology)
-        optimizer = self.recipe.optimizer
-        if stage.weight_decay is not None:
-            optimizer = optimizer.model_copy(update={"weight_decay": stage.weight_decay})
-        engine = Engine(module, optimizer, config, self.topology)
+        engine = Engine(module, self.recipe.optimizer, config, self.topology)
         if self.checkpoint is not None:
             engine.load(self.checkpoint, "engine")
             self.checkpoint = None
