@@ -54,7 +54,10 @@ def held_out_samples(recipe: Recipe, tokenizer: Tokenizer) -> Iterator[Sample]:
         max_text_length=recipe.model.max_text_length,
         tokenizer=tokenizer,
         maskings={
-            s.name: build_objective(s, recipe.model).masking(tokenizer) for s in recipe.stages[0].streams
+            s.name: build_objective(s, recipe.model, visual_tokenizer=recipe.data.visual_tokenizer).masking(
+                tokenizer
+            )
+            for s in recipe.stages[0].streams
         },
         seed=recipe.seed,
         limit=None,
@@ -104,7 +107,8 @@ def plain_step(
 ) -> tuple[Callable[[Batch], None], nn.Module]:
     """The step, and the module that it trains."""
     stage = recipe.stages[0]
-    objectives = {s.name: build_objective(s, recipe.model) for s in stage.streams}
+    codes = recipe.data.visual_tokenizer
+    objectives = {s.name: build_objective(s, recipe.model, visual_tokenizer=codes) for s in stage.streams}
     module = PretrainModule(build_model(recipe.model, recipe.seed), objectives).to(device).train()
     masters = None
     if dtype != torch.float32:

@@ -21,10 +21,13 @@ from eve.data.batch import Batch, Masking
 from eve.data.tokenizer import Tokenizer
 from eve.errors import UserError
 from eve.model import VisionLanguageModel
+from eve.model.embeddings import pick
 from eve.model.encoder import EncoderOutput
+from eve.objectives.masked_image import ImagePrediction
 from eve.objectives.masking import ImageMasking, masked_patches
 from eve.objectives.output import ObjectiveOutput, with_routing
 from eve.visual_tokenizer import VisualTokenizer, VisualTokenizerConfig, load_config
+from kernels.masked_pixel_loss import masked_pixels, pixel_target
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
@@ -112,6 +115,22 @@ class MaskedCodes:
         assert model.code_head is not None
         logits_BMV = model.code_head(hidden_KD).float().unflatten(0, masked_BM.shape)
         return CodePrediction(logits_BMV, self.codes(batch), masked_BM)
+
+    @torch.no_grad()
+    def predict_pixels(self, model: VisionLanguageModel, batch: Batch) -> ImagePrediction | None:
+        """What the likeliest codes stand for, decoded among the true codes of the visible patches; None where
+        the codes stand for features. Of a model in evaluation mode."""
+        tokenizer = self.codes.tokenizer
+        if tokenizer.config.target == "features":
+            return None
+        found = self.predict(model, batch)
+        codes_BP = found.codes_BP.scatter(1, found.masked_BM, found.logits_BMV.argmax(-1))
+        pred_BMC = pick(tokenizer.decode(codes_BP), found.masked_BM)
+        assert batch.images_BCHW is not None
+        raw_BMC = masked_pixels(batch.images_BCHW, found.masked_BM, model.config.patch_size)
+        normalised = tokenizer.config.target == "normalised_pixels"
+        target_BMC = pixel_target(raw_BMC, normalised)
+        return ImagePrediction(pred_BMC, target_BMC, raw_BMC, found.masked_BM, normalised)
 
 
 def code_inputs(model: VisionLanguageModel, batch: Batch, stream: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Held-out evaluation of masked pre-training: pixels, words, grounding, probes, pictures.
+"""Held-out evaluation of masked pre-training: pixels, codes, words, grounding, probes, pictures.
 
 The yardstick is the same for every recipe: pixels with the complete text, words with the complete
 image, whatever the streams of the recipe mask together. Masks come from the recipe's own masking
@@ -25,8 +25,10 @@ from eve.data.tokenizer import Tokenizer
 from eve.errors import UserError
 from eve.model import VisionLanguageModel
 from eve.objectives import build_objective
+from eve.objectives.masked_codes import MaskedCodes
 from eve.objectives.masked_image import MaskedImage
 from eve.objectives.masked_text import MaskedText
+from eve.tasks.masked_codes import code_tables, measure_codes
 from eve.tasks.masked_pixels import measure_pixels, pixel_tables
 from eve.tasks.masked_words import grounding, measure_words, with_wrong_images, word_tables
 from eve.tasks.probes import LinearProbe, majority_accuracy, nearest_neighbour_probe
@@ -49,13 +51,15 @@ def check(recipe: Recipe, cells: dict[str, str]) -> None:
 
 
 def evaluation_streams(recipe: Recipe) -> list[Stream]:
-    """One stream that masks images and one that masks texts, each as the last stage that does so has it;
-    a stream that masks both at once stands for either."""
+    """One stream for each of masked pixels, codes and words, as the last stage that has it; a stream that
+    masks both inputs at once stands for two."""
     found: dict[str, Stream] = {}
     for stage in recipe.stages:
         for stream in stage.streams:
-            for objective in ("masked_image", "masked_text"):
-                if stream.objective in (objective, "masked_pair"):
+            image = "masked_codes" if stream.image_target == "codes" else "masked_image"
+            parts = (image, "masked_text") if stream.objective == "masked_pair" else (stream.objective,)
+            for objective in parts:
+                if objective in ("masked_image", "masked_codes", "masked_text"):
                     found[objective] = stream.model_copy(update={"objective": objective, "name": objective})
     return list(found.values())
 
@@ -73,9 +77,12 @@ def evaluate(
     """
     model.eval()
     settings, seed = recipe.evaluation, recipe.seed
-    objectives = {stream.name: build_objective(stream, recipe.model) for stream in evaluation_streams(recipe)}
+    objectives = {
+        stream.name: build_objective(stream, recipe.model, visual_tokenizer=recipe.data.visual_tokenizer)
+        for stream in evaluation_streams(recipe)
+    }
     maskings = {name: objective.masking(tokenizer) for name, objective in objectives.items()}
-    pixels, words, features = {}, {}, {}
+    pixels, codes, words, features = {}, {}, {}, {}
     unlabelled: list[str] = []
     pictures_dir.mkdir(parents=True, exist_ok=True)
     for cell, shards in cells.items():
@@ -96,6 +103,8 @@ def evaluate(
         for objective in objectives.values():
             if isinstance(objective, MaskedImage):
                 pixels[cell] = measure_pixels(model, objective, samples, settings.batch_size)
+            elif isinstance(objective, MaskedCodes):
+                codes[cell] = measure_codes(model, objective, samples, settings.batch_size)
             else:
                 text = cast(MaskedText, objective)
                 right, wrong = (
@@ -113,6 +122,7 @@ def evaluate(
         picture = draw_batch(model, objectives, shown, tokenizer, name=cell, limit=PICTURES)
         Image.fromarray(picture.image_HWC).save(pictures_dir / f"{file_name(cell)}.png")
     tables = pixel_tables(pixels, seed) if pixels else []
+    tables += code_tables(codes, seed) if codes else []
     tables += word_tables(words) if words else []
     if features or unlabelled:
         tables.append(_probes(model, recipe, tokenizer, features, unlabelled))

@@ -18,6 +18,7 @@ from eve.data.tokenizer import Tokenizer
 from eve.model import VisionLanguageModel
 from eve.model.embeddings import patchify, unpatchify
 from eve.objectives import Objective
+from eve.objectives.masked_codes import MaskedCodes
 from eve.objectives.masked_image import ImagePrediction, MaskedImage
 from eve.objectives.masked_text import MaskedText, TextPrediction
 from eve.training.drawing import BLACK, GREEN, GREY, RED, Cell, Colour, Line, draw_sheet
@@ -58,6 +59,8 @@ def draw_batch(
         objective = objectives[stream]
         if isinstance(objective, MaskedImage) and image is None:
             image = objective.predict(model, few)
+        elif isinstance(objective, MaskedCodes) and image is None:
+            image = objective.predict_pixels(model, few)
         elif isinstance(objective, MaskedText) and not captions:
             assert tokenizer is not None
             captions = captions_of(few, stream, objective.predict(model, few), tokenizer)

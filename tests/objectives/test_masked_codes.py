@@ -93,7 +93,8 @@ def hidden_states(model: VisionLanguageModel, sample: Sample, stream: str) -> tu
     assert embedding.mask_token is not None
     masked = set(sample.masks[stream]["masked_M"].tolist())
     rows = [embedding.mask_token if i in masked else patch for i, patch in enumerate(patches)]
-    image = torch.stack([embedding.class_token, *rows]) + embedding.position + encoder.type_embedding[0]  # pyright: ignore
+    image = torch.stack([embedding.class_token, *rows]) + encoder.type_embedding[0]
+    image = image + embedding.position  # pyright: ignore
     both = model.encode(
         images_BCHW=torch.from_numpy(sample.image_CHW)[None],
         tokens_N=torch.from_numpy(sample.tokens_N),
