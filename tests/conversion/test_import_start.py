@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +144,18 @@ def test_experts_by_modality_fill_those_of_the_same_name(tiny: Path, tmp_path: P
     found = start(tiny, tmp_path, state, "vlmo", EVE, *more, "start.feed_forward=[image, text]")
     imag, text = (state[f"transformer.blocks.1.mlp_{kind}.fc1.weight"].T for kind in ("imag", "text"))
     assert torch.equal(found[bank(1)], torch.stack([imag, text, imag, text]))
+
+
+def test_experts_that_fill_nothing_are_told(tiny: Path, tmp_path: Path) -> None:
+    shared = "model.feed_forward=[{blocks: 0-1, router: shared}]"
+    more = ("model.vocab_size=40", "model.text_norm=after_positions")
+    recipe = tiny_recipe(tiny, *SAME, *more, shared)
+    state = vlmo_state(table_length=196, words=40)
+    source = ForeignCheckpoint(saved(tmp_path / "official.pt", state), "vlmo", ForeignOptions(recipe))
+    image = state["transformer.blocks.1.mlp_imag.fc1.weight"].T
+    assert torch.equal(source.read(expert(1, "shared"), "weight"), image)
+    left = next(note for note in source.notes if note.startswith("left behind"))
+    assert "encoder.blocks.0.feed_forward.experts.text.w1_DF" in left
 
 
 def test_attention_can_start_anew_and_one_fills_both_modalities(tiny: Path, tmp_path: Path) -> None:
@@ -295,7 +306,7 @@ def test_files_without_weights(tmp_path: Path) -> None:
     path = tmp_path / "official.pt"
     with pytest.raises(UserError, match=r"official\.pt is missing"):
         read_state(path)
-    path.write_bytes(pickle.dumps({"a": 1}))
+    path.write_bytes(b"no file of weights")
     with pytest.raises(UserError, match=r"official\.pt cannot be read"):
         read_state(path)
     torch.save({"epoch": 3}, path)

@@ -52,7 +52,7 @@ class ForeignCheckpoint(Checkpoint):
         self.parameters = tuple(
             Parameter(name, tuple(shape), 0) for name, shape in self._fitting.shapes.items()
         )
-        new = [name for name in self._fitting.shapes if self._fitting.is_new(name)]
+        new = self._fitting.new
         left = [*self._fitting.left_behind, *(f"the head for {task}" for task in source.heads)]
         self.notes = [
             *([f"new, from the seed {self.recipe.seed}: {_listed(new)}"] if new else []),

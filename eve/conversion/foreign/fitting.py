@@ -47,7 +47,8 @@ class Fitting:
 
     Attributes:
         shapes: of the parameters of `target`.
-        left_behind: parameters of the source without a place: heads, and what has no effect in `target`.
+        new: those of which all or a part is what a run of the seed starts with.
+        left_behind: parameters of the source without a place: heads, experts, and what has no effect there.
         notes: what computes otherwise in `target`, though the weights are the same; one sentence each.
 
     Raises UserError where source and target do not fit.
@@ -59,6 +60,8 @@ class Fitting:
         self._weights = source.weights
         self.shapes = parameter_shapes(target)
         self._check_sizes()
+        self._filled_experts: set[str] = set()
+        self.new = [name for name in self.shapes if self._is_new(name)]
         self.left_behind = self._unplaced()
         self.notes = [
             f"model.{key} is {ours}, {theirs} in the source"
@@ -72,8 +75,7 @@ class Fitting:
             return self._initial(name)
         return fill(found, self._initial(name)) if bool(found.isnan().any()) else found
 
-    def is_new(self, name: str) -> bool:
-        """Whether all or a part of it is what a run of the seed starts with."""
+    def _is_new(self, name: str) -> bool:
         found = self._checked(name)
         return found is None or bool(found.isnan().any())
 
@@ -136,16 +138,20 @@ class Fitting:
         if after.router != "topk" or rest.startswith("fusion."):
             kind, weight = rest.removeprefix("experts.").split(".", 1)
             source = self._filling(before, kind)
-            return None if source is None else self._weights.get(f"{experts}.{source}.{weight}")
+            return None if source is None else self._expert(f"{experts}.{source}.{weight}")
         # A bank: its weights are called as those of one expert, with an E for the first dimension.
         weight, _, dimensions = rest.removeprefix("experts.").partition("_E")
         filling = [self._filling(before, kind, turn) for turn, kind in enumerate(_pool_kinds(after))]
         names = [f and f"{experts}.{f}.{weight}_{dimensions}" for f in filling]
-        found = _stacked([self._weights.get(source) if source else None for source in names])
+        found = _stacked([self._expert(source) if source else None for source in names])
         if found is not None and found.ndim == 3 and self._start.noise:
             noise = torch.randn(found.shape, generator=generator_for(self._seed, f"start.{name}"))
             found = found + noise * (self._start.noise * float(found[~found.isnan()].std()))
         return found
+
+    def _expert(self, name: str) -> Tensor | None:
+        self._filled_experts.add(name)
+        return self._weights.get(name)
 
     def _norm(self, name: str, before: FeedForward, after: FeedForward) -> Tensor | None:
         kinds, tensor = KINDS[before.router], self._weights.get(name)
@@ -206,7 +212,12 @@ class Fitting:
     def _unplaced(self) -> list[str]:
         left = []
         for name in self._weights:
-            if name in self.shapes or _SLOT.match(name):
+            if match := _SLOT.match(name):
+                hard = self._source.model.feed_forward_of(int(match[1])).router != "topk"
+                if hard and match[2] == "feed_forward" and name not in self._filled_experts:
+                    left.append(name)
+                continue
+            if name in self.shapes:
                 continue
             placed = [re.sub(r"(attention\.(?:qkv|proj))\.", rf"\1.{m}.", name) for m in MODALITIES]
             if _ATTENTION.match(name) and placed[0] in self.shapes:
