@@ -14,6 +14,8 @@ from eve.model import build_model
 from eve.objectives import build_objective
 from eve.objectives.masking import ImageMasking, TextMasking
 from eve.training.flops import StepFlops, batch_flops, forward_flops, mfu, peak_flops
+from eve.visual_tokenizer import VisualTokenizer
+from tests.objectives.test_masked_codes import make_tokenizer
 
 
 def config(**changes) -> Model:
@@ -86,7 +88,7 @@ def batch_of(stream: Stream, lengths: list[int]) -> Batch:
         tokens = rng.integers(5, 50, length)
         sample = Sample(str(index), 0, index, index, image_CHW=pixels, tokens_N=tokens)
         sample.masks[stream.name] = {**image(sample, rng), **text(sample, rng)}
-        if stream.objective == "masked_image":
+        if stream.objective in ("masked_image", "masked_codes"):
             sample.masks[stream.name] = image(sample, rng)
         if stream.objective == "masked_text":
             sample.masks[stream.name] = text(sample, rng)
@@ -127,6 +129,35 @@ def test_passes_of_contrast_and_matching_agree_with_the_counter(objective):
     pixels = forward_flops(model_config, num_samples=3 * images, num_visible=16, text_lengths=[])["embedding"]
     logits = 0 if objective == "matching" else 3 * 2 * 2 * 2 * 3 * 3 * 16
     assert batch_flops(model_config, stream, batch).model == total - logits + pixels
+
+
+@pytest.mark.parametrize("decoder", [0, 2])
+def test_pixels_from_mask_tokens_agree_with_the_counter(decoder):
+    model_config = config(mask_token=True, decoder={"depth": decoder, "width": 16, "heads": 2})
+    stream = Stream(name="s", source="pairs", objective="masked_image", image_input="mask_token")
+    objective = build_objective(stream, model_config)
+    batch = batch_of(stream, [7, 7, 7])
+    model = build_model(model_config, seed=0)
+    total = counted(lambda: objective(model, batch, objective.units(batch), 1.0).loss.backward())
+    embedding = forward_flops(model_config, num_samples=3, num_visible=16, text_lengths=[7] * 3)["embedding"]
+    assert batch_flops(model_config, stream, batch).model == total + embedding
+
+
+@pytest.mark.parametrize("head", [None, {"early": 1, "depth": 2}])
+@pytest.mark.parametrize("objective", ["masked_codes", "masked_pair"])
+def test_codes_agree_with_the_counter(objective, head, tmp_path):
+    """But for what the visual tokenizer does to the pictures."""
+    model_config = config(mask_token=True, visual_codes=12, class_token_head=head, decoder=None)
+    stream = Stream(name="s", source="pairs", objective=objective, image_target="codes")
+    directory = str(make_tokenizer(tmp_path, 32, 8, 12))
+    built = build_objective(stream, model_config, visual_tokenizer=directory)
+    batch = batch_of(stream, [7, 7, 7])
+    model = build_model(model_config, seed=0)
+    total = counted(lambda: built(model, batch, built.units(batch), 1.0).loss.backward())
+    assert batch.images_BCHW is not None
+    total -= counted(lambda: VisualTokenizer.load(directory).encode(batch.images_BCHW))
+    embedding = forward_flops(model_config, num_samples=3, num_visible=16, text_lengths=[7] * 3)["embedding"]
+    assert batch_flops(model_config, stream, batch).model == total + embedding
 
 
 def test_true_lengths_count_not_padded_ones():
