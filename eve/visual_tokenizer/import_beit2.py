@@ -107,10 +107,10 @@ def _stack(state: dict[str, Tensor], stack: str, sizes: Stack, num_patches: int)
         weights[f"{ours}.attention.qkv.weight"] = _take(state, f"{theirs}.attn.qkv.weight")
         for bias in ("q_bias", "v_bias"):
             weights[f"{ours}.attention.qkv.{bias}"] = _take(state, f"{theirs}.attn.{bias}")
-        for layer, names in (("fc1", ("w1_EDF", "b1_EF")), ("fc2", ("w2_EFD", "b2_ED"))):
+        for layer, names in (("fc1", ("w1_DF", "b1_F")), ("fc2", ("w2_FD", "b2_D"))):
             matrix, bias = (_take(state, f"{theirs}.mlp.{layer}.{kind}") for kind in ("weight", "bias"))
-            weights[f"{ours}.feed_forward.experts.{names[0]}"] = matrix.T[None]
-            weights[f"{ours}.feed_forward.experts.{names[1]}"] = bias[None]
+            weights[f"{ours}.feed_forward.experts.shared.{names[0]}"] = matrix.T.contiguous()
+            weights[f"{ours}.feed_forward.experts.shared.{names[1]}"] = bias
     return weights
 
 
