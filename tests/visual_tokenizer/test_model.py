@@ -149,7 +149,7 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
         VisualTokenizer.load(tmp_path)
     with pytest.raises(ValueError, match="features need their width"):
         VisualTokenizerConfig(target="features")
-    with pytest.raises(ValueError, match=r"encoder: width 30 is not a multiple of 8"):
-        VisualTokenizerConfig(encoder=Stack(depth=1, width=30, heads=2, hidden=64))
+    with pytest.raises(ValueError, match=r"encoder: width 30 is not a multiple of heads 4"):
+        VisualTokenizerConfig(encoder=Stack(depth=1, width=30, heads=4, hidden=64))
     with pytest.raises(ValueError, match=r"images are \(2, 3, 16, 16\), expected \(B, 3, 32, 32\)"):
         tokenizer.encode(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
