@@ -21,6 +21,7 @@ SOURCE is a run (its last checkpoint), one of its RUN/checkpoints/step-N, or a t
     python -m tools.convert_checkpoint beit.pth start --from beit --recipe vlmo_base
         weights for a stage's init_from; the recipe's section `start` says what fills what
     python -m tools.convert_checkpoint runs/vlmo_base vlmo.pt --to vlmo             for the official code
+    python -m tools.convert_checkpoint vqkd.pth visual --from beit2_tokenizer       for data.visual_tokenizer
 
 Weights are those of the optimizer in fp32, not their rounded copies. Exit code 1: --verify found a
 difference; 2: a mistake in the call, or a source that is not whole.
@@ -43,23 +44,29 @@ from eve.config import load_recipe
 from eve.conversion.checkpoint import Checkpoint
 from eve.conversion.foreign.checkpoint import ForeignCheckpoint, ForeignOptions
 from eve.conversion.foreign.formats import FORMATS as FOREIGN
-from eve.conversion.foreign.state_files import write_state
+from eve.conversion.foreign.state_files import read_state, write_state
 from eve.conversion.layout import Layout
 from eve.conversion.sources import FORMATS, open_source
 from eve.conversion.targets import convert_to_deepspeed, convert_to_open
 from eve.conversion.upcycling import Upcycled
 from eve.conversion.verification import differences
 from eve.errors import UserError
+from eve.visual_tokenizer.import_beit2 import read as read_visual_tokenizer
+from eve.visual_tokenizer.model import save_visual_tokenizer
 from tools.progress import Progress
 
 # Differences that --verify prints.
 SHOWN = 10
+# VQ-KD of BEiT v2: not a model, but a visual tokenizer.
+VISUAL_TOKENIZER = "beit2_tokenizer"
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     try:
         _check(options)
+        if options.format == VISUAL_TOKENIZER:
+            return _import_visual_tokenizer(options)
         source = open_source(options.source, options.format, _foreign(options))
         if options.to:
             return _export(source, options)
@@ -104,6 +111,20 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--upcycle gives weights for a run's init_from: no --training-state, no --world-size")
     if options.noise < 0:
         raise UserError(f"--noise {options.noise} is below 0")
+
+
+def _import_visual_tokenizer(options: argparse.Namespace) -> int:
+    if options.to or options.upcycle or options.verify or options.world_size or options.training_state:
+        raise UserError(f"--from {VISUAL_TOKENIZER} makes a visual tokenizer, no model: give no other option")
+    if options.target.exists():
+        raise UserError(f"{options.target} exists; give a directory that does not")
+    config, weights = read_visual_tokenizer(read_state(options.source))
+    save_visual_tokenizer(options.target, config, weights)
+    print(
+        f"{options.target}: {config.codes} codes of patches of {config.patch_size} pixels; the names fit, but "
+        "the import is not verified against the official code's outputs"
+    )
+    return 0
 
 
 def _convert(source: Checkpoint, options: argparse.Namespace) -> None:
@@ -217,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--from",
         dest="format",
-        choices=[*sorted(FORMATS), *FOREIGN],
+        choices=[*sorted(FORMATS), *FOREIGN, VISUAL_TOKENIZER],
         help="the format of SOURCE; default: which of eve's it looks like",
     )
     parser.add_argument(

@@ -3,6 +3,8 @@ published file is at hand: that the names and the computation are those of the f
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from eve.errors import UserError
 from eve.visual_tokenizer import VisualTokenizer
 from eve.visual_tokenizer.import_beit2 import read
+from tools.convert_checkpoint import main
 
 WIDTH, HEADS, CODES, CODE_WIDTH, SIDE, PATCH, FEATURES = 24, 3, 11, 6, 3, 4, 10
 
@@ -105,6 +108,21 @@ def test_codes_and_features_are_those_of_the_published_computation() -> None:
     grid = book[codes].transpose(1, 2).unflatten(2, (SIDE, SIDE))
     features = official_mlp(state, "decode_task_layer", official_stack(state, "decoder", grid))
     torch.testing.assert_close(tokenizer.decode(codes), features, atol=1e-4, rtol=1e-4)
+
+
+def test_convert_checkpoint_makes_a_tokenizer_of_a_file(tmp_path: Path, capsys) -> None:
+    torch.save({"model": official_state()}, tmp_path / "vqkd.pth")
+    arguments = [str(tmp_path / "vqkd.pth"), str(tmp_path / "visual"), "--from", "beit2_tokenizer"]
+    assert main(arguments) == 0
+    assert "not verified" in capsys.readouterr().out
+    # The number of heads is width / 64 there.
+    _, weights = read(official_state())
+    loaded = VisualTokenizer.load(tmp_path / "visual").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+    assert main(arguments) == 2
+    assert "visual exists" in capsys.readouterr().err
+    assert main([*arguments[:1], str(tmp_path / "other"), *arguments[2:], "--verify"]) == 2
+    assert "give no other option" in capsys.readouterr().err
 
 
 def test_names_that_are_missing_or_unknown_are_told() -> None:
