@@ -121,8 +121,8 @@ def _import_visual_tokenizer(options: argparse.Namespace) -> int:
     config, weights = read_visual_tokenizer(read_state(options.source))
     save_visual_tokenizer(options.target, config, weights)
     print(
-        f"{options.target}: {config.codes} codes of patches of {config.patch_size} pixels; the names fit, but "
-        "the import is not verified against the official code's outputs"
+        f"{options.target}: {config.codes} codes of patches of {config.patch_size} pixels; the names fit, "
+        "but the import is not verified against the official code's outputs"
     )
     return 0
 
