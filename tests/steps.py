@@ -25,7 +25,7 @@ BATCH = 16
 OVERRIDES = (
     "optimizer.clip=0.5",
     # With a tiny eps AdamW makes a whole step of what is rounding in a gradient near 0.
-    "optimizer.eps=1.0e-4",
+    "optimizer.eps=3.0e-4",
 )
 # ZeRO stage 3 is for recipes without a learned router.
 DENSE = ('model.feed_forward=[{blocks: "0-1", router: modality}]', *OVERRIDES)

@@ -28,7 +28,7 @@ UNUSED = 2
 
 
 def read_model(names: Names, sizes: Sizes) -> dict[str, Any]:
-    """`heads`: null is width / 64. `max_text_length`: null is all places of its positions."""
+    """`heads`: null is that of the official models. `max_text_length`: null is all places of its table."""
     width, _, patch, _ = names.shape(f"{PATCHES}.weight")
     depth = names.count(LAYERS)
     places, length = (names.shape(_positions(theirs))[0] - UNUSED for _, theirs in MODALITIES)

@@ -29,8 +29,8 @@ MODALITIES = (("image", "vision"), ("text", "text"))
 
 
 def read_model(names: Names, sizes: Sizes) -> dict[str, Any]:
-    """`heads`: null is width / 64. `max_text_length`: null is all rows of its positions. `group_size` is the
-    number of samples that fill the capacity together; there those of a device's batch."""
+    """`heads`: null is that of the official models. `max_text_length`: null is all rows of its positions.
+    `group_size`: samples that fill the capacity together; there those of a device's batch."""
     width, _, patch, _ = names.shape(f"{PATCHES}.weight")
     depth = names.count(LAYERS)
     length = names.shape("backbone.pos_embed_text")[0]

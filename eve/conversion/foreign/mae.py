@@ -29,8 +29,8 @@ GAMMAS = {"gamma1": "ls1.gamma", "gamma2": "ls2.gamma"}
 
 
 def read_model(names: Names, sizes: Sizes) -> dict[str, Any]:
-    """`heads` and `decoder_heads`: null is width / 64 and width of the decoder / 32. The text's sizes are
-    those of the model to build."""
+    """`heads` and `decoder_heads`: null is that of the official models. The text's sizes are those of the
+    model to build."""
     width, _, patch, _ = names.shape("patch_embed.proj.weight")
     depth = names.count("blocks.")
     tree: dict[str, Any] = {
