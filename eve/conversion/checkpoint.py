@@ -18,7 +18,8 @@ MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
 
 # Of more than one dimension and yet without weight decay: tables, gains and biases.
 _NO_DECAY = re.compile(
-    r"(type_embedding|\.position|\.word\.weight|norm\d?\.(weight|bias)|modality_vector|\.b1_E?F|\.b2_E?D)$"
+    r"(type_embedding|\.position|\.word\.weight|norm\d?\.(weight|bias)|modality_vector|table_TRH"
+    r"|\.b1_E?F|\.b2_E?D)$"
 )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from eve.config import load_recipe
+from eve.conversion.checkpoint import Parameter
 from eve.model import count_parameters
-from eve.model.model import parameter_shapes
-from eve.training.optimizer import learning_names
+from eve.model.layers import Layers
+from eve.model.model import VisionLanguageModel, parameter_shapes
+from eve.training.optimizer import learning_names, parameter_groups
 
 RECIPES = ("vlmo_tiny", "vlmo_base", "vlmo_base_plus", "vlmo_large")
 
@@ -46,6 +49,18 @@ def test_the_text_stage_leaves_attention_and_images_alone(name: str) -> None:
     for part in ("text_embedding", "experts.text", "norm2", "word_head", "relative_positions"):
         assert not [name for name in frozen if part in name], part
     assert set(learning_names(names, stages["pairs"].trainable)) == set(names)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_checkpoint_is_read_with_the_groups_of_the_optimizer(name: str) -> None:
+    """Both say what decays, one of modules and one of names."""
+    with torch.device("meta"):
+        model = VisionLanguageModel(load_recipe(name).model, Layers())
+    decaying = [g["params"] for g in parameter_groups(model, 0.1) if g["weight_decay"]]
+    expected = {id(parameter) for group in decaying for parameter in group}
+    for parameter_name, parameter in model.named_parameters():
+        found = Parameter(parameter_name, tuple(parameter.shape), step=1).decays
+        assert found == (id(parameter) in expected), parameter_name
 
 
 @pytest.mark.parametrize("name", RECIPES)
