@@ -154,8 +154,9 @@ def test_codes_agree_with_the_counter(objective, head, tmp_path):
     batch = batch_of(stream, [7, 7, 7])
     model = build_model(model_config, seed=0)
     total = counted(lambda: built(model, batch, built.units(batch), 1.0).loss.backward())
-    assert batch.images_BCHW is not None
-    total -= counted(lambda: VisualTokenizer.load(directory).encode(batch.images_BCHW))
+    images_BCHW = batch.images_BCHW
+    assert images_BCHW is not None
+    total -= counted(lambda: VisualTokenizer.load(directory).encode(images_BCHW))
     embedding = forward_flops(model_config, num_samples=3, num_visible=16, text_lengths=[7] * 3)["embedding"]
     assert batch_flops(model_config, stream, batch).model == total + embedding
 
