@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
-from eve.config import Model, Recipe, Stage, Stream
+from eve.config import Model, Recipe, Stage
 from eve.model import parameter_shapes
+from eve.objectives.coverage import uses
 from eve.parallel.sharding import Kind, padded_vocabulary, placement
-from eve.planning.layout import IMAGE_OBJECTIVES, TEXT_OBJECTIVES, Layout
+from eve.planning.layout import Layout
+from eve.training.stages import learning
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,8 @@ class ModelWeights:
         self.stage = stage
         self.sizes = parameter_shapes(recipe.model)
         self.placements = {name: placement(name, self.sizes.keys()) for name in self.sizes}
-        self.learns = {
-            name: any(fnmatchcase(name, pattern) for pattern in stage.trainable) for name in self.sizes
-        }
+        names = learning(recipe, stage)
+        self.learns = {name: name in names for name in self.sizes}
         self.kinds = {stream.name: recipe.data.sources[stream.source].kind for stream in stage.streams}
 
     def held(self, name: str, tensor: int, expert: int) -> int:
@@ -77,7 +77,9 @@ class ModelWeights:
                 largest = max(largest, size)
                 partial += size if self._is_partial(name, where.kind, layout) else 0
                 for stream in self.stage.streams:
-                    dense_of[stream.name] += size if self._uses(stream, name) else 0
+                    dense_of[stream.name] += (
+                        size if uses(stream, self.kinds[stream.name], self.model, name) else 0
+                    )
         return Weights(dense, experts, frozen, largest, largest_expert, partial, dense_of)
 
     def _is_partial(self, name: str, kind: Kind, layout: Layout) -> bool:
@@ -88,16 +90,3 @@ class ModelWeights:
             return True
         between = ".blocks." in name or name.startswith(("encoder.norm.", "class_token_head.norm."))
         return kind is Kind.REPLICATED and layout.sequence and between
-
-    def _uses(self, stream: Stream, name: str) -> bool:
-        if name.startswith("decoder."):
-            return stream.objective in IMAGE_OBJECTIVES and stream.image_target == "pixels"
-        if name.startswith(("code_head.", "class_token_head.")):
-            return stream.image_target == "codes"
-        if name.startswith("word_head."):
-            return stream.objective in TEXT_OBJECTIVES
-        if "text_embedding." in name:
-            return self.kinds[stream.name] != "image"
-        if "image_embedding." in name:
-            return self.kinds[stream.name] != "text"
-        return True

@@ -90,7 +90,7 @@ class StepFeed:
             self._sources[name] = iter(stream)
 
     def next(self, step: int, *, stop: bool) -> StepData:
-        """Step number `step` of the stage, from 0. `stop`: this rank wants no more. All ranks call it together.
+        """Step number `step` of the stage, from 0. `stop`: this rank wants no more. All ranks call it.
 
         Where this rank's data fails the error is kept in `error`, and the flags tell all ranks.
         """

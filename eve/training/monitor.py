@@ -219,9 +219,9 @@ def memory_gib(device: torch.device | str) -> float:
 def router_metrics(
     stats: Mapping[str, Sequence[RouterStats]], pools: Mapping[int, tuple[int, ...]]
 ) -> dict[str, float]:
-    """For each layer, over all its calls: entropy per token in nats, auxiliary losses (means over the streams),
-    and by modality the largest load of an expert over the mean one of its pool (1 is even, E is collapse) and
-    the share of dropped choices, in all and in each stream."""
+    """For each layer, over all its calls: entropy per token in nats, auxiliary losses (means over the
+    streams), and by modality the largest load of an expert over the mean one of its pool (1 is even, E is
+    collapse) and the share of dropped choices, in all and in each stream."""
     metrics: dict[str, float] = {}
     everything = [call for calls in stats.values() for call in calls]
     for layer, calls in sorted(_by_layer(everything).items()):
@@ -282,8 +282,8 @@ def _by_layer(stats: Sequence[RouterStats]) -> dict[int, list[RouterStats]]:
 
 
 def _loads(calls: Sequence[RouterStats], pools: tuple[int, ...]) -> list[tuple[str, np.ndarray, float]]:
-    """Of each modality that was routed, over the calls of a layer: (its name, choices (E,) of the experts of its
-    pool, dropped choices)."""
+    """Of each modality that was routed, over the calls of a layer: (its name, choices (E,) of the experts of
+    its pool, dropped choices)."""
     counts_ME = torch.stack([call.counts_ME for call in calls]).sum(0).cpu().numpy()
     dropped_M = torch.stack([call.dropped_M for call in calls]).sum(0).tolist()
     loads = []

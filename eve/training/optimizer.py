@@ -25,13 +25,10 @@ def learning_names(names: Collection[str], trainable: Sequence[str]) -> list[str
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in trainable)]
 
 
-def freeze(module: nn.Module, trainable: Sequence[str]) -> list[str]:
-    """Sets `requires_grad` by name patterns; returns the names that learn. Raises as learning_names does."""
-    names = [canonical(name) for name, _ in module.named_parameters()]
-    learning = learning_names(names, trainable)
-    for name, parameter in zip(names, module.parameters(), strict=True):
-        parameter.requires_grad = name in learning
-    return learning
+def freeze(module: nn.Module, learning: Collection[str]) -> None:
+    """Sets `requires_grad`; `learning` are the names on one device of what learns."""
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad = canonical(name) in learning
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

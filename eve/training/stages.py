@@ -12,6 +12,7 @@ from eve.config import MoE, Recipe, Stage
 from eve.errors import UserError
 from eve.model import build_model, parameter_shapes
 from eve.objectives import build_objective
+from eve.objectives.coverage import uses
 from eve.parallel.layers import parallel_layers
 from eve.parallel.pool import pool_of
 from eve.parallel.sharding import Kind, placement
@@ -41,7 +42,7 @@ def build_stage(
                 parameter.copy_(previous[layers.name_of(name)])
     if recipe.training.activation_checkpointing:
         model.enable_checkpointing()
-    freeze(model, stage.trainable)
+    freeze(model, learning(recipe, stage))
     if recipe.training.compile:
         model.compile_blocks()
     pool = pool_of(topology)
@@ -52,6 +53,24 @@ def build_stage(
     return EngineModule(model, objectives, topology)
 
 
+def learning(recipe: Recipe, stage: Stage) -> set[str]:
+    """Names of what learns in the stage: what `trainable` names and a stream uses.
+
+    Raises UserError where that is nothing."""
+    kinds = {stream.name: recipe.data.sources[stream.source].kind for stream in stage.streams}
+    named = learning_names(parameter_shapes(recipe.model).keys(), stage.trainable)
+    found = {
+        name
+        for name in named
+        if any(uses(stream, kinds[stream.name], recipe.model, name) for stream in stage.streams)
+    }
+    if not found:
+        raise UserError(
+            f"stage {stage.name} trains nothing: its streams use no parameter that trainable names"
+        )
+    return found
+
+
 def check_stage(recipe: Recipe, stage: Stage, ds_tree: dict[str, Any], where: str) -> None:
     """Raises UserError where its weights cannot be those of the model or cannot learn so; builds nothing.
 
@@ -60,16 +79,16 @@ def check_stage(recipe: Recipe, stage: Stage, ds_tree: dict[str, Any], where: st
     if stage.init_from is not None:
         check_weights(Path(stage.init_from), recipe.model)
     names = parameter_shapes(recipe.model).keys()
-    learning = {placement(name, names).kind for name in learning_names(names, stage.trainable)}
+    kinds = {placement(name, names).kind for name in learning(recipe, stage)}
     tensor, expert = recipe.parallel.tensor, recipe.parallel.expert
     # What DeepSpeed's optimizers (0.19.8) expect to find on every rank.
-    if expert > 1 and zero_stage(ds_tree) > 0 and Kind.EXPERT not in learning:
+    if expert > 1 and zero_stage(ds_tree) > 0 and Kind.EXPERT not in kinds:
         raise UserError(
             f"stage {stage.name} trains no expert of a learned router, but parallel.expert is {expert}; "
             "give 1"
         )
     cut = {Kind.COLUMN, Kind.ROW, Kind.VOCABULARY} | ({Kind.EXPERT} if expert > 1 else set())
-    lacking = (tensor > 1 and not learning & cut) or (expert > 1 and learning == {Kind.EXPERT})
+    lacking = (tensor > 1 and not kinds & cut) or (expert > 1 and kinds == {Kind.EXPERT})
     if state_format(ds_tree) == "BF16_Optimizer" and lacking:
         raise UserError(
             f"stage {stage.name} trains too little for {where} with parallel.tensor {tensor} and "

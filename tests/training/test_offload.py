@@ -118,7 +118,8 @@ def test_a_checkpoint_goes_onto_the_host_and_back(tiny: Path, two_ranks: RankPoo
     for order in (names, names[::-1]):
         directory = tmp_path / order[0]
         resumed = two_ranks.run(resumed_steps, tiny, CUT, *order, directory)[0]
-        assert resumed.difference(unbroken) == (0.0, 0.0, 0.0)
+        # The two sum the squares of the norm, by which both clip, in another order.
+        assert max(resumed.difference(unbroken)) < 5e-6
 
 
 @pytest.mark.parametrize("config", ["zero1_bf16_offload.json", "zero2_bf16_offload.json"])
