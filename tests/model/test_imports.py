@@ -18,7 +18,7 @@ LEVELS = (
     ("eve.visual_tokenizer",),
     ("eve.objectives", "eve.parallel"),
     ("eve.training", "eve.tasks", "eve.conversion", "eve.planning"),
-    ("eve.pretrain", "eve.evaluate"),
+    ("eve.pretrain", "eve.evaluate", "eve.describe"),
 )
 
 
