@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from eve.config import Recipe
-from eve.errors import UserError
+from eve.errors import UserError, check_no_interpreter
 from eve.tasks import pretrain, retrieval
 from eve.tasks.report import check_output, to_text, write
 from eve.training.export import exported_recipe, load_exported
@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    check_no_interpreter()
     if options.output is not None:
         check_output(options.output)
     exported = find_export(options.checkpoint)

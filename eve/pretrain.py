@@ -33,7 +33,7 @@ import yaml
 from eve.config import Recipe, load_recipe
 from eve.data.shards import resolve
 from eve.data.tokenizer import Tokenizer
-from eve.errors import UserError
+from eve.errors import UserError, check_no_interpreter
 from eve.model import count_parameters
 from eve.objectives.masked_codes import check_visual_tokenizer
 from eve.parallel.launcher import Console, read_environment
@@ -128,6 +128,7 @@ def pretrain(options: argparse.Namespace, topology: Topology) -> int:
 
 def prepare(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
     """What Run needs; every check that needs no model. Writes nothing."""
+    check_no_interpreter()
     check_deepspeed_version()
     recipe = load_recipe(options.recipe, options.overrides)
     topology = topology.arranged(recipe.parallel, recipe.model)
@@ -143,7 +144,7 @@ def prepare(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
     for stage in recipe.stages:
         resolve_ds_config(ds_tree, recipe, stage, topology.data, cuda=cuda, where=where)
         check_stage(recipe, stage, ds_tree, where)
-    check_experts_backend(recipe.moe, ds_tree, cuda=cuda, where=where)
+    check_experts_backend(recipe, ds_tree, cuda=cuda, where=where)
     try:
         tokenizer = load_data(recipe)
     except UserError as error:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from eve import pretrain
+from eve import evaluate, pretrain
 from eve.data.shard_writer import Record, write_shards
 from eve.training.ds_config import DS_CONFIGS
 from eve.training.run_lock import lock_run
@@ -104,6 +104,27 @@ def test_recipe_is_not_yaml(mistake: Mistake, tmp_path: Path) -> None:
 )
 def test_recipe_keys(override: str, sentence: str, mistake: Mistake) -> None:
     assert sentence in mistake.before_anything(override)
+
+
+def test_backend_of_experts_with_a_norm_inside(mistake: Mistake) -> None:
+    shape = ("model.sub_norm=true", "model.feed_forward=[{blocks: 0-1, router: modality}]")
+    for backend in ("grouped_mm", "triton", "megablocks"):
+        sentence = mistake.before_anything(*shape, f"moe.experts_backend={backend}")
+        assert f"moe.experts_backend is {backend}, but experts with model.sub_norm take auto alone" in sentence
+
+
+def test_interpreter_in_the_environment(
+    mistake: Mistake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before even the recipe, or the checkpoint, is looked for."""
+    for value in ("1", "true", "ON"):
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        sentence = mistake.before_anything(recipe="eve_tny")
+        assert sentence.startswith(f"TRITON_INTERPRET is {value} in the environment")
+        assert evaluate.main(["--task", "pretrain", "--checkpoint", str(tmp_path / "none")]) == 2
+        assert mistake.capfd.readouterr().err == f"error: {sentence}\n"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "did you mean eve_tiny?" in mistake.before_anything(recipe="eve_tny")
 
 
 def test_tokenizer_is_no_model(mistake: Mistake, tmp_path: Path) -> None:

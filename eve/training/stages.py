@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eve.config import MoE, Recipe, Stage
+from eve.config import Recipe, Stage
 from eve.errors import UserError
 from eve.model import build_model, parameter_shapes
 from eve.objectives import build_objective
@@ -97,11 +97,14 @@ def check_stage(recipe: Recipe, stage: Stage, ds_tree: dict[str, Any], where: st
         )
 
 
-def check_experts_backend(moe: MoE, ds_tree: dict[str, Any], *, cuda: bool, where: str) -> None:
+def check_experts_backend(recipe: Recipe, ds_tree: dict[str, Any], *, cuda: bool, where: str) -> None:
     """Raises UserError where the one that the recipe names cannot multiply here; loads it if it can."""
-    backend, kind = moe.experts_backend, precision(ds_tree)
+    backend, kind = recipe.moe.experts_backend, precision(ds_tree)
     if backend == "auto":
         return
+    if recipe.model.sub_norm:
+        # Between the products of such an expert stands a norm, so plain ones multiply (SubNormExpert).
+        raise UserError(f"moe.experts_backend is {backend}, but experts with model.sub_norm take auto alone")
     if not cuda:
         raise UserError(f"moe.experts_backend is {backend}, which needs a CUDA device; use auto on a CPU")
     if backend != "triton" and kind != "bf16":
