@@ -30,8 +30,6 @@ from torch import Tensor
 
 from kernels.backend import CompileCase, divide_up, jit, tl, use_triton
 
-MAX_LOGIT_BYTES = {"cuda": 512 << 20, "cpu": 128 << 20}
-
 # ------------------------------------------------------------------------------------------------- column sum
 
 

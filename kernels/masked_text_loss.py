@@ -131,8 +131,10 @@ def statistics_definition(logits_KV: Tensor, target_K: Tensor, begin: int, num_w
         _, largest_K, word_K, lse_K = _softmax(x_KV)
         stats_5K[LARGEST, rows] = largest_K
         stats_5K[WORD, rows] = word_K.to(exact)
-        stats_5K[SUM_EXP, rows] = (lse_K - largest_K).exp_()
-        stats_5K[TARGET, rows] = (x_KV.gather(1, at_K1).to(exact) * here_K1)[:, 0]
+        # Of words that are all impossible: no number.
+        stats_5K[SUM_EXP, rows] = (lse_K - largest_K).exp_().masked_fill_(largest_K == -torch.inf, 0)
+        x_target_K1 = x_KV.gather(1, at_K1).to(exact)
+        stats_5K[TARGET, rows] = x_target_K1.masked_fill_(~here_K1, 0)[:, 0]
         stats_5K[SUM, rows] = x_KV.sum(-1, dtype=exact)
     stats_5K[WORD] += begin
     return stats_5K
@@ -152,6 +154,7 @@ def merge_statistics(
     largest_RK, word_RK, sum_exp_RK, x_target_RK, total_RK = stats_R5K.unbind(1)
     largest_K = largest_RK.amax(0)
     lse_K = largest_K + (sum_exp_RK * (largest_RK - largest_K).exp()).sum(0).log()
+    lse_K = lse_K.where((target_K >= 0) & (target_K < scale.vocab_size), torch.nan)
     # Not the index of the maximum: of equals it is any on a GPU, and here the first counts.
     word_K = word_RK.where(largest_RK == largest_K, torch.inf).amin(0)
     loss_K, nats_K = _losses(lse_K, x_target_RK.sum(0), total_RK.sum(0), scale)
@@ -164,8 +167,10 @@ def _to_gradient_definition(
     logits_KV[:, num_words:] = 0
     for rows in _blocks(logits_KV) if num_words else ():
         x_KV = logits_KV[rows, :num_words]
-        p_KV, *_, local_lse_K = _softmax(x_KV)
+        p_KV, largest_K, _, local_lse_K = _softmax(x_KV)
         p_KV.mul_((local_lse_K - lse_K[rows]).exp_()[:, None])
+        impossible_K = (largest_K == -torch.inf) & lse_K[rows].isfinite()
+        p_KV.masked_fill_(impossible_K[:, None], 0)
         x_KV.copy_(_gradient(p_KV, *_columns(target_K[rows], begin, num_words), lse_K[rows], scale))
 
 
@@ -186,7 +191,8 @@ def row_statistics(row, num_words, BLOCK: tl.constexpr):
         at = tl.min(tl.where(x == top, column, num_words), 0)
         word = tl.where(top > largest, at, word)  # of equals the first
         new = tl.maximum(largest, top)
-        sum_exp = sum_exp * tl.exp(largest - new) + tl.sum(tl.exp(x - new), 0)
+        shift = tl.where(new == -float("inf"), 0.0, new)  # words that are all impossible
+        sum_exp = sum_exp * tl.exp(largest - shift) + tl.sum(tl.exp(x - shift), 0)
         total += tl.sum(tl.where(column < num_words, x, 0.0), 0)
         largest = new
     return largest, word, sum_exp, total
@@ -195,7 +201,7 @@ def row_statistics(row, num_words, BLOCK: tl.constexpr):
 @jit
 def _row_to_gradient(row, local, lse, on_target, per_word, z_loss, num_words, width, BLOCK: tl.constexpr):
     """One pass over a row: logits -> gradient, zero in the columns that are no words."""
-    on_probability = 1.0 + 2.0 * z_loss * lse
+    on_probability = tl.where(z_loss != 0, 1.0 + 2.0 * z_loss * lse, 1.0)
     for first in range(0, width, BLOCK):
         column = first + tl.arange(0, BLOCK)
         x = tl.load(row + column, mask=column < num_words, other=-float("inf")).to(tl.float32)
@@ -214,12 +220,15 @@ def _loss_kernel(
     row = logits + k * stride
     local = tl.load(target + k)
     # Before the row is overwritten; the reductions of the first pass are a barrier between the two.
-    x_target = tl.load(row + local).to(tl.float32)
+    is_word = (local >= 0) & (local < num_words)
+    x_target = tl.load(row + local, mask=is_word, other=0.0).to(tl.float32)
     largest, word, sum_exp, total = row_statistics(row, num_words, BLOCK)
-    lse = largest + tl.log(sum_exp)
+    lse = tl.where(is_word, largest + tl.log(sum_exp), float("nan"))
     tl.store(nats + k, lse - x_target)
-    smooth = smoothing * (x_target - total / num_words)
-    tl.store(loss + k, lse - x_target + smooth + z_loss * lse * lse)
+    # Chosen and not multiplied by 0: a logit of -inf makes the sum infinite.
+    smooth = tl.where(smoothing != 0, smoothing * (x_target - total / num_words), 0.0)
+    square = tl.where(z_loss != 0, z_loss * lse * lse, 0.0)
+    tl.store(loss + k, lse - x_target + smooth + square)
     tl.store(right + k, word == local)
     tl.store(lse_out + k, lse)
     if GRADIENT:
@@ -329,7 +338,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*tensors, *others[2:])
 
 
-def _backward(ctx: Any, grad_K: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_K: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_K is None:
+        return (None,) * 8
     # Read once: activation checkpointing gives them no second time.
     x_KD, weight_VD, bias_V, target_K, lse_K, *left = ctx.saved_tensors
     tensors = x_KD, weight_VD, bias_V, target_K, lse_K
@@ -351,6 +362,10 @@ def masked_text_loss(
     max_logit_bytes: int | None = None,
 ) -> TextLoss:
     """Rows `row_K` (distinct; None: all) of x (N, D) against words `target_K` (K,) int64.
+
+    Each target is one of 0..V-1; no number means "ignore". On any other the definition raises IndexError or
+    RuntimeError; the kernel, which cannot, makes loss and gradients of the row NaN. A logit of -inf is a word
+    of probability 0; with smoothing it makes the loss infinite.
 
     `max_logit_bytes` bounds the logits in memory at a time (None: MAX_LOGIT_BYTES of the device)."""
     x_KD = x_ND if row_K is None else x_ND.index_select(0, row_K)

@@ -99,7 +99,9 @@ class _ShardLoss(torch.autograd.Function):
         return loss_K, nats_K, right_K
 
     @staticmethod
-    def backward(ctx: Any, grad_K: Tensor, *_: None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_K: Tensor | None, *_: None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if grad_K is None:
+            return (None,) * 9
         begin, num_words, scale, chunk = ctx.options
         x_KD, weight_VD, bias_V, target_K, lse_K, *left = ctx.saved_tensors
 
@@ -125,7 +127,8 @@ def vocabulary_parallel_text_loss(
     """masked_text_loss of a shard with the words from `begin` on; columns past `vocab_size` are padding.
 
     `gather` (5, K') -> (R, 5, K') gathers over ranks, the only communication; it is called as often on every
-    rank, by the same `max_logit_bytes`. The gradient of x is this shard's part of the sum over ranks.
+    rank, by the same `max_logit_bytes`. The gradient of x is this shard's part of the sum over ranks. Loss
+    and gradients of a row whose target is none of 0..vocab_size-1 are NaN.
     """
     chunk = rows_of_chunk(weight_VD, max_logit_bytes)
     leaves = plan(x_KD.shape[0], chunk, x_KD, weight_VD, bias_V)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import chunked_linear
+from kernels.backend import INTERPRETED
 from kernels.masked_text_loss import (
     Scale,
     TextLoss,
@@ -174,6 +176,92 @@ def test_of_equal_logits_the_first_is_the_most_likely(path: str):
     target_K = torch.tensor([40, 41, 4500, 0], device=path)
     found = masked_text_loss(torch.ones(4, 2, device=path), weight_VD, bias_V, target_K)
     assert found.right_K.tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("impossible", [slice(3, 4), slice(0, 4096)], ids=["a word", "a block of words"])
+@pytest.mark.parametrize("options", [(0.0, 0.0), (0.0, 1e-2)])
+def test_words_with_a_logit_of_minus_infinity(path: str, impossible: slice, options):
+    """They take no part: as if the vocabulary were the other words."""
+    words = 4099
+    x_KD, weight_VD, bias_V, _ = drawn((3, 8, words), path)
+    target_K = torch.tensor([4096, 4098, 4097], device=path)
+    with torch.no_grad():
+        bias_V[impossible] = -torch.inf
+    possible = torch.ones(words, dtype=torch.bool)
+    possible[impossible] = False
+    wide = in_fp64([x_KD, weight_VD, bias_V])
+    few = [wide[0], wide[1][possible], wide[2][possible]]  # pyright: ignore
+    at_K = target_K.cpu() - int((~possible).sum())
+    found = masked_text_loss(x_KD, weight_VD, bias_V, target_K, smoothing=options[0], z_loss=options[1])
+    loss_K, nats_K, right_K = oracle(*few, at_K, *options)  # pyright: ignore
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(found.loss_K.double().cpu(), loss_K.detach(), **tolerance)
+    torch.testing.assert_close(found.nats_K.double().cpu(), nats_K.detach(), **tolerance)
+    assert torch.equal(found.right_K.cpu(), right_K)
+    found.loss_K.sum().backward()
+    loss_K.sum().backward()
+    for narrow, exact in zip((x_KD, weight_VD, bias_V), wide, strict=True):
+        torch.testing.assert_close(narrow.grad.double().cpu(), exact.grad, **tolerance)  # pyright: ignore
+
+
+def test_with_smoothing_an_impossible_word_costs_infinitely_much(path: str):
+    *leaves, _ = drawn((3, 17, 99), path)
+    target_K = torch.tensor([0, 98, 7], device=path)
+    with torch.no_grad():
+        leaves[2][40] = -torch.inf
+    found = masked_text_loss(*leaves, target_K, smoothing=0.1)
+    assert found.loss_K.tolist() == [torch.inf] * 3
+    assert found.nats_K.isfinite().all()
+
+
+@pytest.mark.parametrize("target", [-1, -100, 33, 10**9])
+def test_a_target_that_is_no_word(path: str, target: int):
+    *leaves, target_K = drawn((7, 24, 33), path)
+    target_K[2] = target
+    if path == "cpu" and not INTERPRETED:
+        with pytest.raises((IndexError, RuntimeError)):
+            masked_text_loss(*leaves, target_K)
+        return
+    found = masked_text_loss(*leaves, target_K)
+    others = torch.arange(7) != 2
+    assert torch.equal(found.loss_K.isnan().cpu(), ~others)
+    assert torch.equal(found.nats_K.isnan().cpu(), ~others)
+    found.loss_K.sum().backward()
+    assert torch.equal(leaves[0].grad.isnan().any(1).cpu(), ~others)  # pyright: ignore
+
+
+class NoGradient(torch.autograd.Function):
+    """What follows it needs no gradient, and says so with None instead of zeros."""
+
+    @staticmethod
+    def forward(ctx, x):  # pyright: ignore
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore
+        return None
+
+
+def test_no_upstream_gradient(path: str):
+    *leaves, target_K = drawn((7, 24, 33), path)
+    NoGradient.apply(masked_text_loss(*leaves, target_K).loss_K).sum().backward()  # pyright: ignore
+    assert all(leaf.grad is None for leaf in leaves)
+
+
+@pytest.mark.parametrize("upstream", ["expanded", "equal", "different"])
+def test_rows_are_only_made_again_where_their_gradients_differ(monkeypatch, upstream: str):
+    *leaves, target_K = drawn((6, 24, 33), "cpu")
+    grad_K = {
+        "expanded": torch.tensor(0.5).expand(6),
+        "equal": torch.full((6,), 0.5),
+        "different": torch.linspace(0, 1, 6),
+    }[upstream]
+    loss_K = masked_text_loss(*leaves, target_K, max_logit_bytes=2 * 4 * 33).loss_K
+    again = []
+    made = chunked_linear._sums
+    monkeypatch.setattr(chunked_linear, "_sums", lambda *inputs: again.append(1) or made(*inputs))
+    loss_K.backward(grad_K)
+    assert len(again) == (upstream == "different")
 
 
 def test_large_logits_do_not_overflow(path: str):

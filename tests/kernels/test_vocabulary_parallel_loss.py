@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.vocabulary_parallel_loss import logit_statistics, vocabulary_parallel_text_loss
+from tests.kernels.test_masked_text_loss import NoGradient
 
 WIDTH = 12
 
@@ -76,6 +77,48 @@ def test_shards_together_are_the_whole(path: str, shards, options, num_rows: int
     for got, leaf in zip(grads, exact, strict=True):
         torch.testing.assert_close(got.double().cpu(), leaf.grad, rtol=1e-4, atol=1e-5)
     assert not grads[1][vocab_size:].any()
+
+
+def test_a_shard_without_a_possible_word(path: str):
+    """Of three; and on the others a first word that is none."""
+    generator = torch.Generator().manual_seed(1)
+    x_KD, weight_VD = torch.randn(3, WIDTH, generator=generator), torch.randn(12, WIDTH, generator=generator)
+    bias_V = torch.zeros(12)
+    bias_V[:4] = bias_V[[4, 8]] = -torch.inf
+    target_K = torch.tensor([5, 7, 11])
+    exact = [t.double().requires_grad_() for t in (x_KD, weight_VD)]
+    possible = bias_V.isfinite()
+    logits_KV = (exact[0] @ exact[1].t())[:, possible]
+    nats_K = logits_KV.logsumexp(-1) - logits_KV[torch.arange(3), torch.tensor([0, 2, 5])]
+    (nats_K * torch.linspace(-0.5, 1.5, 3)).sum().backward()
+    on_device = [t.to(path) for t in (x_KD, weight_VD, bias_V, target_K)]
+    outputs, grads = of_shards(*on_device, 12, 3, (0.0, 0.0), path)
+    for found in outputs:
+        torch.testing.assert_close(found.loss_K.double().cpu(), nats_K.detach(), rtol=1e-4, atol=1e-5)
+        assert torch.equal(found.right_K.cpu(), logits_KV.argmax(-1) == torch.tensor([0, 2, 5]))
+    for got, leaf in zip(grads, exact, strict=False):
+        torch.testing.assert_close(got.double().cpu(), leaf.grad, rtol=1e-4, atol=1e-5)
+    assert not grads[2][~possible.to(path)].any()
+
+
+@pytest.mark.parametrize("target", [-1, 12])
+def test_a_target_that_is_no_word_of_any_shard(path: str, target: int):
+    """The vocabulary ends at 11, the shards at 12."""
+    generator = torch.Generator().manual_seed(1)
+    x_KD, weight_VD = torch.randn(2, WIDTH, generator=generator), torch.randn(12, WIDTH, generator=generator)
+    on_device = [t.to(path) for t in (x_KD, weight_VD, torch.zeros(12), torch.tensor([3, target]))]
+    outputs, grads = of_shards(*on_device, 11, 2, (0.0, 0.0), path)
+    for found in outputs:
+        assert found.loss_K.isnan().tolist() == [False, True]
+    assert grads[0].isnan().any(1).tolist() == [False, True]
+
+
+def test_no_upstream_gradient(path: str):
+    leaves = [torch.randn(shape, device=path, requires_grad=True) for shape in ((2, 3), (5, 3), (5,))]
+    target_K = torch.tensor([3, 4], device=path)
+    found = vocabulary_parallel_text_loss(*leaves, target_K, 0, 5, lambda stats_5K: stats_5K[None])  # pyright: ignore
+    NoGradient.apply(found.loss_K).sum().backward()  # pyright: ignore
+    assert all(leaf.grad is None for leaf in leaves)
 
 
 def test_of_equal_logits_on_two_shards_the_first_word_is_the_most_likely(path: str):
