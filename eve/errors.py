@@ -17,6 +17,6 @@ def check_no_interpreter() -> None:
     value = os.environ.get("TRITON_INTERPRET", "")
     if value.lower() in ("1", "true", "on", "yes", "y"):
         raise UserError(
-            f"TRITON_INTERPRET is {value} in the environment, which runs kernels in Triton's interpreter, for "
-            "tests of the kernels alone; unset it"
+            f"TRITON_INTERPRET is {value} in the environment, which runs kernels in Triton's interpreter, "
+            "for tests of the kernels alone; unset it"
         )

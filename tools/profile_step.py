@@ -45,7 +45,7 @@ from tools.step_samples import Samples
 Step = Callable[[Batch], None]
 NUM_BATCHES = 2
 WARM_UP = 3
-PROFILED = 3
+PROFILED = 3  # steps at most
 
 
 # ------------------------------------------------------------------------------------------ largest batch
@@ -144,17 +144,17 @@ def speed(step: Step, batches: list[Batch], recipe: Recipe, steps: int, device: 
     )
 
 
-def breakdown(step: Step, batches: list[Batch], device: torch.device) -> dict[str, float]:
+def breakdown(step: Step, batches: list[Batch], steps: int, device: torch.device) -> dict[str, float]:
     """Seconds a step by group."""
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     step(batches[0])
     wait(device)
     with profile(activities=kinds) as profiler:
-        for number in range(PROFILED):
+        for number in range(steps):
             step(batches[number % len(batches)])
         wait(device)
     found = seconds_by_group(profiler.events() or (), device)
-    return {group: seconds / PROFILED for group, seconds in found.items()}
+    return {group: seconds / steps for group, seconds in found.items()}
 
 
 def without_routed_experts(model: Model) -> Model:
@@ -178,7 +178,7 @@ def layer_with_inputs(
     layer = whole.encoder.blocks[block].feed_forward
     handle = layer.register_forward_pre_hook(lambda _, given: found.append(given))  # pyright: ignore
     stream = recipe.stages[0].streams[-1]
-    objective = build_objective(stream, model)
+    objective = build_objective(stream, model, visual_tokenizer=recipe.data.visual_tokenizer)
     with torch.no_grad():
         objective(whole, batch, objective.units(batch), 1.0)
     handle.remove()  # pyright: ignore
@@ -246,8 +246,9 @@ def measure(options: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
             raise UserError(f"not even 32 samples fit {limit / 2**30:.0f} GiB")
     batches = [samples.batch(size, number) for number in range(NUM_BATCHES)]
     speeds: dict[str, Speed | str] = {"plain loop": speed(plain, batches, recipe, options.steps, device)}
+    profiled = min(options.steps, PROFILED)
     with routers_named(module):
-        groups = {"plain loop": breakdown(plain, batches, device)}
+        groups = {"plain loop": breakdown(plain, batches, profiled, device)}
     del plain, module
     free()
     dense = recipe.model_copy(update={"model": without_routed_experts(recipe.model)})
@@ -299,7 +300,7 @@ def engine_part(
     try:
         step = engine_step(recipe, topology, options.deepspeed_config or default)
         found = speed(step, batches, recipe, options.steps, device)
-        return found, breakdown(step, batches, device)
+        return found, breakdown(step, batches, min(options.steps, PROFILED), device)
     except torch.OutOfMemoryError:
         return "not measured: out of memory at the batch that the plain loop fits", {}
 
@@ -354,6 +355,19 @@ def layer_line(layer: dict[str, list[float]] | None) -> str:
     )
 
 
+def check(options: argparse.Namespace) -> None:
+    """Raises UserError."""
+    for name in ("steps", "batch"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}, expected at least 1")
+    if not 0 < options.memory <= 1:
+        raise UserError(f"--memory is {options.memory:g}, expected a share above 0, at most 1")
+    if options.device not in ("cuda", "cpu"):
+        raise UserError(f"--device is {options.device!r}, expected cuda or cpu")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but this machine has no GPU that torch can use")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.profile_step",
@@ -370,9 +384,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args(argv)
     try:
-        for name in ("steps", "batch"):
-            if getattr(options, name) is not None and getattr(options, name) < 1:
-                raise UserError(f"--{name} is {getattr(options, name)}, expected at least 1")
+        check(options)
         recipe = load_recipe(options.recipe, options.overrides)
         found = measure(options, recipe)
     except UserError as error:

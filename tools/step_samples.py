@@ -45,7 +45,10 @@ def generated_samples(recipe: Recipe, indices: range) -> list[Sample]:
     """Noise for pictures, and captions of random words; from the recipe's seed and the sample's index."""
     model, stage = recipe.model, recipe.stages[0]
     vocabulary = cast(Tokenizer, GeneratedVocabulary(model.vocab_size))
-    maskings = {s.name: build_objective(s, model).masking(vocabulary) for s in stage.streams}
+    codes = recipe.data.visual_tokenizer
+    maskings = {
+        s.name: build_objective(s, model, visual_tokenizer=codes).masking(vocabulary) for s in stage.streams
+    }
     shortest, longest = (min(tokens, model.max_text_length) for tokens in CAPTION_TOKENS)
     cls, sep = SPECIALS.index("[CLS]"), SPECIALS.index("[SEP]")
     samples = []

@@ -10,6 +10,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from eve.data.batch import collate
+from tests.objectives.test_masked_codes import TINY, make_tokenizer
 from tests.tiny import tiny_recipe
 from tools.benchmark_step import plain_step
 from tools.kernel_groups import GROUPS, routers_named, seconds_by_group
@@ -100,6 +101,17 @@ def test_bf16_steps_follow_fp32_steps(tiny: Path) -> None:
     assert agree > 0.9 * total > 0
 
 
+def test_a_recipe_of_codes_is_measured_with_its_visual_tokenizer(tiny: Path, tmp_path: Path) -> None:
+    codes = make_tokenizer(tmp_path, 32, 8, 12)
+    streams = "stages.0.streams=[{name: codes, source: pairs, objective: masked_codes}]"
+    recipe = tiny_recipe(tiny, *TINY, streams, f"data.visual_tokenizer={codes}")
+    batch = collate(generated_samples(recipe, range(4)))
+    assert set(batch.masks) == {"codes"}
+    found = layer_seconds(recipe, batch, 1, CPU, torch.float32)
+    assert found is not None
+    assert {name: len(seconds) for name, seconds in found.items()} == {"routed": 1, "dense": 1}
+
+
 def test_hard_routers_replace_learned_ones(tiny: Path) -> None:
     recipe = tiny_recipe(tiny)
     dense = without_routed_experts(recipe.model)
@@ -117,7 +129,8 @@ def test_the_dense_layer_has_the_weights_of_the_experts_of_a_token(tiny: Path) -
     for name, model in (("routed", recipe.model), ("dense", dense_twin(recipe.model, 2))):
         layer, (x_TD, *_) = layer_with_inputs(model, recipe, 1, batch, CPU, torch.float32)
         assert x_TD.shape == (4 * 17 + sum(batch.text_lengths), 32)  # image tokens with [CLS], text tokens
-        weights[name] = sum(p.numel() for p in layer.parameters() if p.ndim == 3)
+        parameters = layer.get_submodule("experts").named_parameters()
+        weights[name] = sum(p.numel() for each, p in parameters if each.rpartition(".")[-1].startswith("w"))
     # Two products of 32 x 64 an expert, of which there are four; a token sees two.
     assert weights == {"routed": 4 * 2 * 32 * 64, "dense": 2 * 2 * 32 * 64}
 
@@ -178,6 +191,8 @@ def test_mistakes_get_one_sentence(tiny: Path, capsys: pytest.CaptureFixture[str
     for words, sentence in (
         (["--recipe", str(tiny), "--device", "cpu"], "on a CPU give --batch"),
         (["--recipe", str(tiny), "--device", "cpu", "--batch", "0"], "--batch is 0, expected at least 1"),
+        (["--recipe", str(tiny), "--device", "foo"], "--device is 'foo', expected cuda or cpu"),
+        (["--recipe", str(tiny), "--device", "cpu", "--memory", "2"], "--memory is 2, expected a share"),
         (["--recipe", "eve_bas", "--device", "cpu", "--batch", "1"], "did you mean eve_base?"),
     ):
         assert main(words) == 2
