@@ -275,7 +275,12 @@ def summary(
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    """None where the part did not write it, or not to its end."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -296,6 +301,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--eager", action="store_true", help="leave out what torch.compile makes of peers")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args(argv)
+    for name in ("rounds", "batch"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            print(f"error: --{name} is {getattr(options, name)}, expected at least 1", file=sys.stderr)
+            return 2
+    if not 0 < options.minutes < float("inf"):
+        print(f"error: --minutes is {options.minutes:g}, expected more than 0", file=sys.stderr)
+        return 2
     if importlib.util.find_spec("torch") is None:
         print(f"error: {sys.executable} has no torch: pip install -r requirements.txt", file=sys.stderr)
         return 2

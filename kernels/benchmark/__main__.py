@@ -6,8 +6,8 @@
 Every operation of kernels/ against torch's index operations, eager and compiled, torch.clone, DeepSpeed,
 Liger, cut-cross-entropy and MegaBlocks, those of them that are installed: forward, backward and both, peak
 memory, share of the roofline. Results of a peer are compared with ours before it is timed. bf16 on a GPU,
-fp32 on a CPU. DIR gets kernels.md, kernels.json and kernels.png; exit code 1 where a peer computes
-something else, 2 where a word of the command is wrong.
+fp32 on a CPU. DIR gets kernels.md and kernels.json after each shape, kernels.png at the end; exit code 1
+where a peer computes something else, 2 where a word of the command is wrong.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ BY_NAME = {
     "routing": Operation(routing.inputs, routing.ROUTING),
     "dispatch": Operation(rows.rows, rows.DISPATCH),
     "combine": Operation(rows.rows, rows.COMBINE),
+    "combine_residual": Operation(rows.rows, rows.COMBINE_RESIDUAL),
+    "dispatch_feed_forward": Operation(feed_forward.tokens, feed_forward.DISPATCH_FEED_FORWARD),
     "expert_feed_forward": Operation(feed_forward.inputs, feed_forward.EXPERT_FEED_FORWARD),
     "masked_text_loss": Operation(losses.words, losses.MASKED_TEXT_LOSS),
     "masked_pixel_loss": Operation(losses.pixels, losses.MASKED_PIXEL_LOSS),
@@ -94,6 +96,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.rounds is not None and options.rounds < 1:
         print(f"error: --rounds is {options.rounds}, expected at least 1", file=sys.stderr)
         return 2
+    if not options.minutes > 0:
+        print(f"error: --minutes is {options.minutes:g}, expected more than 0", file=sys.stderr)
+        return 2
     cuda = device.type == "cuda"
     rounds, dtype = options.rounds or (20 if cuda else 5), torch.bfloat16 if cuda else torch.float32
     end = time.monotonic() + 60 * options.minutes
@@ -110,20 +115,23 @@ def main(argv: list[str] | None = None) -> int:
     print("\n".join(report.machine_lines(machine)), flush=True)
     results: list[list[Row]] = []
     left_out: list[str] = []
-    for case in cases(options.operations, options.sizes, cuda):
+    grid = cases(options.operations, options.sizes, cuda)
+    for number, case in enumerate(grid):
+        # After each shape: whoever stops this process in the midst of one finds those before it.
+        left_out = [f"{each.operation}: {each.describe()}" for each in grid[number:]]
+        if options.out is not None:
+            report.write(results, machine, left_out, options.out)
         if time.monotonic() > end:
-            left_out.append(f"{case.operation}: {case.describe()}")
-            continue
+            break
         case = replace(case, compiled=case.compiled and not options.eager)
         results.append(measure(case, device, dtype, rounds))
+        left_out = left_out[1:]
         print(f"\n{case.operation}: {case.describe()}\n")
         print("\n".join(report.case_table(results[-1], machine)), flush=True)
     if left_out:
         print(f"\n{len(left_out)} shapes not measured: --minutes {options.minutes:g} had passed")
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "kernels.md").write_text(report.markdown(results, machine, left_out))
-        (options.out / "kernels.json").write_text(report.as_json(results, machine, left_out))
+        report.write(results, machine, left_out, options.out)
         try:
             report.plot(results, options.out / "kernels.png")
         except ImportError:

@@ -13,7 +13,9 @@ OPERATIONS = (
     "routing",
     "dispatch",
     "combine",
+    "combine_residual",
     "expert_feed_forward",
+    "dispatch_feed_forward",
     "masked_text_loss",
     "masked_pixel_loss",
 )
@@ -103,7 +105,7 @@ def _of(operation: str, sizes: str, cuda: bool) -> list[Case]:
         ]
     if not cuda:
         base = Case(operation, 2048, experts=8, compiled=True)
-        if operation == "expert_feed_forward":
+        if operation.endswith("feed_forward"):
             base = replace(base, tokens=512)
         changes = [{"tokens": base.tokens // 4}, {"skew": "zipf"}, {"skew": "one expert"}, {"choices": 1}]
     else:
@@ -111,6 +113,8 @@ def _of(operation: str, sizes: str, cuda: bool) -> list[Case]:
         changes: list[dict] = [{"tokens": n * 1024} for n in (1, 4, 16, 128)]
         changes += [{"skew": "zipf"}, {"skew": "one expert"}, {"choices": 1}, {"experts": 8}, {"experts": 64}]
         changes += [{"width": 1024}] * (operation != "routing")
+    # What stands beside another operation, with one more thing done in it, at two sizes.
+    changes = changes[: 1 if operation in ("combine_residual", "dispatch_feed_forward") else None]
     return [base, *(replace(base, **change, compiled=False) for change in changes)]
 
 

@@ -8,8 +8,10 @@ input holds. Intermediate results are not counted, whoever needs them. b is the 
     routing            4TE + TK (8 + 4 + 1 + 8 + 8)                   4TE + 4TE + TK (8 + 1 + 4)
     dispatch           (1 + K) TDb + 8TK                              the same
     combine            (1 + K) TDb + (8 + 4) TK                       (1 + 2K) TDb + (8 + 4 + 4) TK
+     with residual     (2 + K) TDb + (8 + 4) TK                       the same
     expert feed-fwd.   (2ND + NF + 2EDF + EF + ED) b                  (3ND + NF + 4EDF + EF + ED) b
                        4NDF operations                                8NDF
+     of tokens         (TD + ND + NF + 2EDF + EF + ED) b + 8N         (2TD + ND + NF + 4EDF + EF + ED) b + 8N
     masked text loss   (RD + VD) b + (8 + 4) R                        2 (RD + VD) b + (8 + 4) R
                        2RVD                                           4RVD
     masked pixel loss  M (C b + C + 8 + 4)                            M (2 C b + C + 8 + 4)
@@ -61,13 +63,18 @@ def costs(case: Case, itemsize: int) -> tuple[Cost, Cost]:
     if case.operation == "dispatch":
         moved = Cost((1 + k) * t * d * b + INDEX * n)
         return moved, moved
-    if case.operation == "combine":
-        forward = (1 + k) * t * d * b + (INDEX + REAL) * n
+    if case.operation in ("combine", "combine_residual"):
+        forward = (1 + k + (case.operation == "combine_residual")) * t * d * b + (INDEX + REAL) * n
         return Cost(forward), Cost((1 + 2 * k) * t * d * b + (INDEX + 2 * REAL) * n)
     if case.operation == "expert_feed_forward":
         bias = e * (f + d)
         forward = Cost((2 * n * d + n * f + 2 * e * d * f + bias) * b, 4 * n * d * f)
         return forward, Cost((3 * n * d + n * f + 4 * e * d * f + bias) * b, 8 * n * d * f)
+    if case.operation == "dispatch_feed_forward":
+        bias = e * (f + d)
+        forward = Cost((t * d + n * d + n * f + 2 * e * d * f + bias) * b + INDEX * n, 4 * n * d * f)
+        backward = (2 * t * d + n * d + n * f + 4 * e * d * f + bias) * b + INDEX * n
+        return forward, Cost(backward, 8 * n * d * f)
     if case.operation == "masked_text_loss":
         v = case.words
         forward = Cost((t * d + v * d) * b + (INDEX + REAL) * t, 2 * t * v * d)

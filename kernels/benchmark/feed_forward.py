@@ -1,4 +1,8 @@
-"""The feed-forward of experts beside its peers: gelu, biases, rows in the order of their experts."""
+"""The feed-forward of experts beside its peers: gelu, biases, rows in the order of their experts.
+
+Once over rows that lie there, and once over tokens: dispatch and feed-forward, or a first product that reads
+tokens by index.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,9 @@ from torch import Tensor
 
 from kernels.benchmark.case import Case, logits
 from kernels.benchmark.peer import Call, Peer, module, on_gpu
+from kernels.dispatch import dispatch
 from kernels.expert_feed_forward import expert_feed_forward
-from kernels.routing import route
+from kernels.routing import Routing, route
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,29 @@ def inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Bank:
     )  # fmt: skip
 
 
-def call(given: Bank, function: Callable[..., Tensor]) -> Call:
+@dataclass(frozen=True)
+class Tokens:
+    bank: Bank
+    x_TD: Tensor
+    routing: Routing
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {**self.bank.leaves(), "x": self.x_TD}
+
+    @property
+    def offsets_E(self) -> Tensor:
+        return self.routing.offsets_E
+
+
+def tokens(case: Case, device: torch.device, dtype: torch.dtype) -> Tokens:
+    group_T = torch.zeros(case.tokens, dtype=torch.int64, device=device)
+    routing = route(logits(case, device), case.choices, group_T=group_T, num_groups=1)
+    generator = torch.Generator(device).manual_seed(5)
+    x_TD = torch.randn(case.tokens, case.width, generator=generator, device=device)
+    return Tokens(inputs(case, device, dtype), x_TD.to(dtype).requires_grad_(), routing)
+
+
+def call(given: Bank | Tokens, function: Callable[..., Tensor]) -> Call:
     """Of a function of (x, w1, b1, w2, b2, offsets)."""
     leaves = given.leaves()
     return Call(
@@ -63,6 +90,12 @@ def ours(given: Bank) -> Call:
 def our_products(given: Bank) -> Call:
     on_gpu(given.x_ND)
     return call(given, lambda *tensors: expert_feed_forward(*tensors, products="triton"))
+
+
+def our_megablocks(given: Bank) -> Call:
+    module("grouped_gemm")
+    on_gpu(given.x_ND)
+    return call(given, lambda *tensors: expert_feed_forward(*tensors, products="megablocks"))
 
 
 def with_products(product: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -127,17 +160,69 @@ def deepspeed_products(given: Bank) -> Call:
 
 
 def megablocks_products(given: Bank) -> Call:
-    """MegaBlocks' grouped path multiplies by the package grouped_gemm, which wants the sizes on the host."""
-    module("megablocks")
+    """MegaBlocks' grouped path multiplies by the package grouped_gemm, which wants the sizes on the host; the
+    rest of megablocks is not needed for that."""
     product: Any = module("grouped_gemm").ops.gmm
     on_gpu(given.x_ND)
     sizes_E = given.offsets_E.diff(prepend=given.offsets_E.new_zeros(1)).long().cpu()
     return call(given, with_products(lambda rows, weight, ends: product(rows, weight, sizes_E)))
 
 
+# --------------------------------------------------------------------------------------------- over tokens
+
+
+def dispatched(given: Tokens, products: str = "auto") -> Call:
+    plan = given.routing
+
+    def function(x_TD: Tensor, *others: Any) -> Tensor:
+        x_ND = dispatch(x_TD, plan.row_token_N, plan.token_row_TK)
+        return expert_feed_forward(x_ND, *others, products=products)
+
+    return call(given, function)
+
+
+def gathered(given: Tokens, products: str = "auto") -> Call:
+    plan = given.routing
+    places = {"row_token_N": plan.row_token_N, "token_row_TK": plan.token_row_TK}
+    return call(given, lambda *tensors: expert_feed_forward(*tensors, products=products, **places))
+
+
+def dispatched_to_triton(given: Tokens) -> Call:
+    on_gpu(given.x_TD)
+    return dispatched(given, "triton")
+
+
+def gathered_by_triton(given: Tokens) -> Call:
+    """Here alone nothing is copied: other products are given rows (kernels/grouped_linear.py)."""
+    on_gpu(given.x_TD)
+    return gathered(given, "triton")
+
+
+def torch_selected(x_TD: Tensor, row_token_N: Tensor, *others: Tensor) -> Tensor:
+    return with_products(torch_product)(x_TD.index_select(0, row_token_N), *others)
+
+
+def selected(given: Tokens) -> Call:
+    return call(given, lambda x_TD, *others: torch_selected(x_TD, given.routing.row_token_N, *others))
+
+
+def selected_compiled(given: Tokens) -> Call:
+    function = torch.compile(torch_selected, dynamic=False)
+    return call(given, lambda x_TD, *others: function(x_TD, given.routing.row_token_N, *others))
+
+
+DISPATCH_FEED_FORWARD = (
+    Peer("ours", dispatched),
+    Peer("ours, gathered by the product", gathered),
+    Peer("ours, Triton products", dispatched_to_triton),
+    Peer("ours, gathered by Triton products", gathered_by_triton),
+    Peer("torch index_select, grouped_mm", selected),
+    Peer("torch index_select, grouped_mm, compiled", selected_compiled, compiles=True),
+)
 EXPERT_FEED_FORWARD = (
     Peer("ours", ours),
     Peer("ours, Triton products", our_products),
+    Peer("ours, MegaBlocks products", our_megablocks),
     Peer("one dense feed-forward", dense),
     Peer("torch grouped_mm", torch_grouped),
     Peer("torch grouped_mm, compiled", torch_compiled, compiles=True),

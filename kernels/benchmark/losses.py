@@ -1,4 +1,8 @@
-"""The masked losses beside their peers: all of them give the mean over what is masked."""
+"""The masked losses beside their peers: all of them give the mean over what is masked.
+
+As a sum divided by a number, which is how EVE adds losses: every row then has one upstream gradient, whose
+strides say so, and ours need not make gradients twice (kernels/chunked_linear.py).
+"""
 
 from __future__ import annotations
 
@@ -46,22 +50,27 @@ def word_call(given: Words, function: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def our_words(given: Words) -> Call:
-    return word_call(given, lambda x, weight, target: masked_text_loss(x, weight, None, target).loss_K.mean())
+    def function(x_KD: Tensor, weight_VD: Tensor, target_K: Tensor) -> Tensor:
+        return masked_text_loss(x_KD, weight_VD, None, target_K).loss_K.sum() / given.case.tokens
+
+    return word_call(given, function)
 
 
 def our_shard(given: Words) -> Call:
     """The vocabulary-parallel form on one rank, whose gather gathers nothing."""
 
     def function(x_KD: Tensor, weight_VD: Tensor, target_K: Tensor) -> Tensor:
-        return vocabulary_parallel_text_loss(
+        found = vocabulary_parallel_text_loss(
             x_KD, weight_VD, None, target_K, 0, given.case.words, lambda stats_5K: stats_5K[None]
-        ).loss_K.mean()
+        )
+        return found.loss_K.sum() / given.case.tokens
 
     return word_call(given, function)
 
 
 def cross_entropy(x_KD: Tensor, weight_VD: Tensor, target_K: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(x_KD, weight_VD).float(), target_K)
+    logits_KV = F.linear(x_KD, weight_VD).float()
+    return F.cross_entropy(logits_KV, target_K, reduction="sum") / target_K.shape[0]
 
 
 def torch_words(given: Words) -> Call:
@@ -75,14 +84,24 @@ def compiled_words(given: Words) -> Call:
 def liger(given: Words) -> Call:
     functional = module("liger_kernel", "liger_kernel.transformers.functional")
     on_gpu(given.x_KD)
-    return word_call(given, functional.liger_fused_linear_cross_entropy)
+
+    def function(x_KD: Tensor, weight_VD: Tensor, target_K: Tensor) -> Tensor:
+        loss = functional.liger_fused_linear_cross_entropy(x_KD, weight_VD, target_K, reduction="sum")
+        return loss / target_K.shape[0]
+
+    return word_call(given, function)
 
 
 def cut_cross_entropy(given: Words) -> Call:
     """With all gradients: by default it leaves out the small ones."""
     on_gpu(given.x_KD)
     package = module("cut_cross_entropy")
-    return word_call(given, lambda *tensors: package.linear_cross_entropy(*tensors, filter_eps=None))
+
+    def function(x_KD: Tensor, weight_VD: Tensor, target_K: Tensor) -> Tensor:
+        loss = package.linear_cross_entropy(x_KD, weight_VD, target_K, filter_eps=None, reduction="sum")
+        return loss / target_K.shape[0]
+
+    return word_call(given, function)
 
 
 MASKED_TEXT_LOSS = (
@@ -124,7 +143,7 @@ def pixel_call(given: Pixels, function: Callable[[Tensor, Tensor, Tensor, int], 
 
 def our_pixels(given: Pixels) -> Call:
     def function(pred: Tensor, images: Tensor, masked: Tensor, patch: int) -> Tensor:
-        return masked_pixel_loss(pred, images, masked, patch, True).mean()
+        return masked_pixel_loss(pred, images, masked, patch, True).sum() / masked.numel()
 
     return pixel_call(given, function)
 
@@ -137,7 +156,7 @@ def all_patches(pred_BMC: Tensor, images_BCHW: Tensor, masked_BM: Tensor, patch:
     variance, mean = torch.var_mean(target_BPC, -1, keepdim=True)
     target_BPC = (target_BPC - mean) / (variance + 1e-6).sqrt()
     picked_BMC = target_BPC.gather(1, masked_BM[..., None].expand(-1, -1, target_BPC.shape[-1]))
-    return (pred_BMC.float() - picked_BMC).square().mean()
+    return (pred_BMC.float() - picked_BMC).square().mean(-1).sum() / masked_BM.numel()
 
 
 def torch_pixels(given: Pixels) -> Call:

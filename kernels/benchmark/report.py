@@ -103,7 +103,7 @@ def markdown(results: list[list[Row]], machine: Machine, left_out: list[str]) ->
             if rows[0].case.operation == operation:
                 lines += [f"**{rows[0].case.describe()}**", "", *case_table(rows, machine), ""]
     if left_out:
-        lines += ["Not measured, the time limit had passed:", "", *[f"- {each}" for each in left_out], ""]
+        lines += ["Not measured, for want of time:", "", *[f"- {each}" for each in left_out], ""]
     return "\n".join(lines)
 
 
@@ -122,6 +122,18 @@ def as_json(results: list[list[Row]], machine: Machine, left_out: list[str]) -> 
         "rows": [of(row) for rows in results for row in rows],
     }
     return json.dumps(everything, indent=1)
+
+
+def write(results: list[list[Row]], machine: Machine, left_out: list[str], directory: Path) -> None:
+    """kernels.md and kernels.json, each whole at any moment, whatever ends the process."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in (
+        ("kernels.md", markdown(results, machine, left_out)),
+        ("kernels.json", as_json(results, machine, left_out)),
+    ):
+        unfinished = directory / f"{name}.unfinished"
+        unfinished.write_text(text)
+        unfinished.replace(directory / name)
 
 
 def plot(results: list[list[Row]], path: Path) -> None:

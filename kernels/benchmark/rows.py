@@ -6,7 +6,7 @@ Each peer has its own order of rows, so what is compared is the row of each choi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -110,6 +110,36 @@ def our_combine(given: Rows) -> Call:
     return combined(function, given, plan.token_row_TK, given.case.rows)
 
 
+def residual_combined(function: Callable[[Tensor, Tensor], Tensor], given: Rows, place_TK: Tensor) -> Call:
+    """Of a function of (rows, residual)."""
+    alone = combined(lambda y_ND: function(y_ND, given.x_TD), given, place_TK, given.case.rows)
+    return replace(
+        alone,
+        leaves={**alone.leaves, "residual": given.x_TD},
+        comparable_gradients=lambda grads: {
+            **alone.comparable_gradients(grads), "residual": grads["residual"],
+        },
+    )  # fmt: skip
+
+
+def our_residual(given: Rows) -> Call:
+    plan = given.routing
+    return residual_combined(
+        lambda y_ND, x_TD: combine(y_ND, given.weight_TK, plan.row_token_N, plan.token_row_TK, x_TD),
+        given,
+        plan.token_row_TK,
+    )
+
+
+def our_addition(given: Rows) -> Call:
+    plan = given.routing
+    return residual_combined(
+        lambda y_ND, x_TD: x_TD + combine(y_ND, given.weight_TK, plan.row_token_N, plan.token_row_TK),
+        given,
+        plan.token_row_TK,
+    )
+
+
 def weighted_sum(y_ND: Tensor, weight_TK: Tensor, place_TK: Tensor) -> Tensor:
     return (y_ND[place_TK] * weight_TK[..., None]).sum(1).to(y_ND.dtype)
 
@@ -127,6 +157,27 @@ def compiled_combine(given: Rows) -> Call:
     function = torch.compile(weighted_sum, dynamic=False)
     return combined(
         lambda y_ND: function(y_ND, given.weight_TK, given.place_TK), given, given.place_TK, given.case.rows
+    )
+
+
+def weighted_sum_and_residual(
+    y_ND: Tensor, weight_TK: Tensor, place_TK: Tensor, residual_TD: Tensor
+) -> Tensor:
+    return residual_TD + weighted_sum(y_ND, weight_TK, place_TK)
+
+
+def gathered_residual(given: Rows) -> Call:
+    return residual_combined(
+        lambda y_ND, x_TD: weighted_sum_and_residual(y_ND, given.weight_TK, given.place_TK, x_TD),
+        given,
+        given.place_TK,
+    )
+
+
+def compiled_residual(given: Rows) -> Call:
+    function = torch.compile(weighted_sum_and_residual, dynamic=False)
+    return residual_combined(
+        lambda y_ND, x_TD: function(y_ND, given.weight_TK, given.place_TK, x_TD), given, given.place_TK
     )
 
 
@@ -282,4 +333,11 @@ COMBINE = (
     Peer("DeepSpeed AutoEP", autoep_combine),
     Peer("DeepSpeed AutoEP, fused", fused_autoep_combine),
     Peer("MegaBlocks padded_scatter", megablocks_combine),
+)
+COMBINE_RESIDUAL = (
+    Peer("ours", our_residual),
+    Peer("ours, then an addition", our_addition),
+    Peer("torch.clone, as many bytes", clone),
+    Peer("torch index, sum, addition", gathered_residual),
+    Peer("torch index, sum, addition, compiled", compiled_residual, compiles=True),
 )

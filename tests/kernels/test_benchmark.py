@@ -19,6 +19,7 @@ from kernels.benchmark import rows as row_peers
 from kernels.benchmark.__main__ import BY_NAME, main, measure
 from kernels.benchmark.case import OPERATIONS, Case, cases, logits
 from kernels.benchmark.cost import Cost, Roofline, costs
+from kernels.benchmark.losses import Words
 from kernels.benchmark.measure import Row, Step, compare, peak_bytes, run_case
 from kernels.benchmark.peer import Call, Peer, Unavailable
 from kernels.benchmark.report import Machine, case_table, shares
@@ -61,9 +62,17 @@ def test_bytes_of_dispatch_and_combine_are_those_of_a_walk_over_the_rows() -> No
         Cost(touched["combine"].total()),
         Cost(touched["gradients of combine"].total()),
     )
+    # The residual is read once more; its gradient is that of the result, which nobody copies.
+    residual = tokens * width * itemsize
+    assert costs(replace(case, operation="combine_residual"), itemsize) == (
+        Cost(touched["combine"].total() + residual),
+        Cost(touched["gradients of combine"].total()),
+    )
 
 
-@pytest.mark.parametrize("operation", ["expert_feed_forward", "masked_text_loss", "masked_pixel_loss"])
+@pytest.mark.parametrize(
+    "operation", ["expert_feed_forward", "dispatch_feed_forward", "masked_text_loss", "masked_pixel_loss"]
+)
 def test_bytes_are_those_of_the_tensors_that_come_and_go(operation: str) -> None:
     """Inputs and the result forward; inputs, gradients of all leaves and the result's backward."""
     case = replace(TINY, operation=operation)
@@ -75,13 +84,14 @@ def test_bytes_are_those_of_the_tensors_that_come_and_go(operation: str) -> None
 
     leaves = size(*call.leaves.values())
     forward, backward = costs(case, 4)
-    if operation == "expert_feed_forward":
+    if operation.endswith("feed_forward"):
         rows, hidden = 60 * 2, 128
         result, kept = rows * 32 * 4, rows * hidden * 4
         biases = 8 * (hidden + 32) * 4
-        assert forward.bytes == leaves + result + kept
+        index = rows * 8 * operation.startswith("dispatch")
+        assert forward.bytes == leaves + result + kept + index
         # Biases are not read again.
-        assert backward.bytes == (leaves - biases) + leaves + result + kept
+        assert backward.bytes == (leaves - biases) + leaves + result + kept + index
     elif operation == "masked_text_loss":
         target, loss = size(inputs.target_K), 60 * 4
         assert forward.bytes == leaves + target + loss
@@ -163,6 +173,12 @@ def test_all_peers_that_run_on_a_cpu_compute_the_same(operation: str, choices: i
         "routing": {"ours", "torch", "DeepSpeed native", "DeepSpeed AutoEP"},
         "dispatch": {"ours", "torch index_select", "DeepSpeed native", "DeepSpeed AutoEP"},
         "combine": {"ours", "torch index_add", "DeepSpeed native", "DeepSpeed AutoEP"},
+        "combine_residual": {"ours", "ours, then an addition", "torch index, sum, addition"},
+        "dispatch_feed_forward": {
+            "ours",
+            "ours, gathered by the product",
+            "torch index_select, grouped_mm",
+        },
         "expert_feed_forward": {"ours", "torch grouped_mm", "torch, expert after expert"},
         "masked_text_loss": {"ours", "ours, vocabulary-parallel, one rank", "torch cross_entropy"},
         "masked_pixel_loss": {"ours", "torch"},
@@ -349,6 +365,38 @@ def test_table_and_json_say_what_was_measured(tmp_path: Path) -> None:
     assert (out / "kernels.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_who_stops_it_finds_the_shapes_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = BY_NAME["masked_text_loss"].inputs
+
+    def inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Words:
+        if case.tokens == 64:
+            raise KeyboardInterrupt
+        return words(case, device, dtype)
+
+    operation = replace(BY_NAME["masked_text_loss"], inputs=inputs)
+    monkeypatch.setitem(BY_NAME, "masked_text_loss", operation)
+    asked = ["--device", "cpu", "--operations", "masked_text_loss", "--eager", "--rounds", "1"]
+    with pytest.raises(KeyboardInterrupt):
+        main([*asked, "--out", str(tmp_path)])
+    written = json.loads((tmp_path / "kernels.json").read_text())
+    assert {row["case"]["tokens"] for row in written["rows"]} == {256}
+    assert written["rows"][0]["median"]["both"] > 0
+    assert written["left_out"] == ["masked_text_loss: 64 rows, V 8000, D 768"]
+    assert "**256 rows, V 8000, D 768**" in (tmp_path / "kernels.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"kernels.json", "kernels.md"}
+
+
+def test_a_loss_of_rows_has_one_gradient_for_all() -> None:
+    """By its strides, which is what kernels/chunked_linear.py looks at on a GPU."""
+    case = replace(TINY, operation="masked_text_loss")
+    given = BY_NAME["masked_text_loss"].inputs(case, CPU, torch.float32)
+    for peer in BY_NAME["masked_text_loss"].peers[:2]:
+        last = peer.make(given).forward().grad_fn
+        assert last is not None
+        (inner, _), *_ = last.next_functions
+        assert (last.name(), inner.name()) == ("DivBackward0", "SumBackward0")
+
+
 def test_shares_and_ratios_are_of_the_medians() -> None:
     case = Case("dispatch", 100, width=10, choices=1)  # 100 * 2 * 10 * 4 + 800 = 8,800 bytes each way
     seconds = {"forward": [1.0, 4.0, 2.0], "backward": [4.0] * 3, "both": [5.0, 6.0, 8.0]}
@@ -371,9 +419,9 @@ def replace_seconds(row: Row, factor: float) -> Row:
 def test_a_time_limit_leaves_the_rest_out_and_says_so(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    words = ["--device", "cpu", "--operations", "masked_text_loss", "--minutes", "0", "--out", str(tmp_path)]
-    assert main(words) == 0
-    assert "2 shapes not measured: --minutes 0 had passed" in capsys.readouterr().out
+    words = ["--device", "cpu", "--operations", "masked_text_loss", "--minutes", "1e-9"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    assert "2 shapes not measured: --minutes 1e-09 had passed" in capsys.readouterr().out
     assert "- masked_text_loss: 64 rows, V 8000, D 768" in (tmp_path / "kernels.md").read_text()
 
 
@@ -383,6 +431,7 @@ def test_a_time_limit_leaves_the_rest_out_and_says_so(
         (["--device", "octopus"], "--device octopus"),
         (["--device", "meta"], "--device is 'meta', expected cuda or cpu"),
         (["--device", "cpu", "--rounds", "0"], "--rounds is 0, expected at least 1"),
+        (["--device", "cpu", "--minutes", "0"], "--minutes is 0, expected more than 0"),
     ],
 )
 def test_mistakes_get_one_sentence(

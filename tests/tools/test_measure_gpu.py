@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tools.measure_gpu import SHARES, Part, main, run_part, summary, targets
+from tools.measure_gpu import SHARES, Part, main, read, run_part, summary, targets
 
 
 def test_without_a_gpu_it_says_so_and_does_nothing(
@@ -162,6 +162,34 @@ def test_the_summary_says_what_is_missing(tmp_path: Path) -> None:
     assert "| step | 3 | **exit code 1**: No module named 'pydantic' |" in text
     assert "need: pip install pydantic" in text
     assert text.count("| not measured |") == 9
+
+
+def test_a_file_cut_short_is_no_measurement(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.json"
+    assert read(path) is None
+    whole = json.dumps(kernels_of({"ours": 1.0, "torch": 2.0}))
+    for text in ("", whole[: len(whole) // 2], "3"):
+        path.write_text(text)
+        assert read(path) is None
+    path.write_text(whole)
+    assert read(path) == json.loads(whole)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--rounds", "0"], "--rounds is 0, expected at least 1"),
+        (["--batch", "0"], "--batch is 0, expected at least 1"),
+        (["--minutes", "-1"], "--minutes is -1, expected more than 0"),
+        (["--minutes", "nan"], "--minutes is nan, expected more than 0"),
+    ],
+)
+def test_mistakes_get_one_sentence(
+    words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--device", "cpu", "--out", str(tmp_path / "out"), *words]) == 2
+    assert capsys.readouterr().err == f"error: {sentence}\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_parts_together_stay_below_the_minutes() -> None:
