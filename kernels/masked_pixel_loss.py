@@ -203,7 +203,15 @@ def masked_pixel_loss(
 ) -> Tensor:
     """Predictions of the masked patches, images (B, 3, H, W) uint8, indices of patches in reading order
     (B, M) -> (B, M) fp32: the mean squared error of each patch. Images may be strided; only the predictions
-    get a gradient."""
+    get a gradient. H and W are multiples of the patch size; an index is one of 0..P-1."""
+    b, c, height, width = images_BCHW.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"an image of {height} x {width} is not made of patches of {patch_size}")
+    if masked_BM.shape[:1] != (b,) or pred_BMC.shape != (*masked_BM.shape, c * patch_size**2):
+        raise ValueError(
+            f"predictions {tuple(pred_BMC.shape)} do not fit {tuple(masked_BM.shape)} masked patches of "
+            f"{tuple(images_BCHW.shape)} images"
+        )
     if use_triton(pred_BMC):
         return _loss(pred_BMC, images_BCHW, masked_BM, patch_size, normalised)
     return _loss_definition(pred_BMC, images_BCHW, masked_BM, patch_size, normalised)

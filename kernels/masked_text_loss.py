@@ -48,8 +48,9 @@ from kernels.chunked_linear import backward, empty_left, forward, plan, rows_of_
 
 @dataclass(frozen=True)
 class TextLoss:
-    """Of each row, in fp32 (of fp64 inputs in fp64): the loss, which alone has a gradient; the plain
-    cross-entropy in nats; whether the target is the most likely word (of equals the first counts)."""
+    """Of each row, in fp32 (of fp64 inputs in fp64, which the kernels compute in fp32 nevertheless): the
+    loss, which alone has a gradient; the plain cross-entropy in nats; whether the target is the most likely
+    word (of equals the first counts)."""
 
     loss_K: Tensor
     nats_K: Tensor

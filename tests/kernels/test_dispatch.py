@@ -71,6 +71,18 @@ def test_equals_a_loop_over_tokens(path, shape, dtype, with_vector, drop, align,
     assert not with_vector or torch.equal(found[2], again[2])
 
 
+def test_programs_that_sum_many_blocks_of_tokens(path, monkeypatch):
+    monkeypatch.setattr("kernels.dispatch.MAX_PROGRAMS", 2)
+    row_token_N, token_row_TK, _ = placed(130, 8, 2, drop=0.3)
+    torch.manual_seed(1)
+    x, vector, modality = torch.randn(130, 40), torch.randn(3, 40), torch.randint(3, (130,))
+    grad = torch.randn(row_token_N.shape[0], 40)
+    _, *found = run(path, x, row_token_N, token_row_TK, vector, modality, grad)
+    *_, grad_x, grad_vector = by_hand(x, token_row_TK, vector, modality, len(row_token_N), grad)
+    torch.testing.assert_close(found[0].double(), grad_x, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(found[1].double(), grad_vector, atol=1e-3, rtol=1e-5)
+
+
 def test_undefined_gradients_do_not_leak(path):
     row_token_N, token_row_TK, end = placed(40, 4, 2, drop=0.5)
     grad = torch.randn(80, 16)

@@ -76,6 +76,21 @@ def test_bf16_predictions_within_rounding(path: str, normalised: bool):
     check(*drawn_bf16, 16, normalised, {"rtol": 2**-7, "atol": 1e-6})
 
 
+def test_shapes_that_do_not_fit(path: str):
+    pred_BMC, images_BCHW, masked_BM = drawn(SHAPES[2], path)
+    with pytest.raises(ValueError, match="6 x 8 is not made of patches of 3"):
+        masked_pixel_loss(pred_BMC, images_BCHW[..., :8], masked_BM, 3, True)
+    for pred, images, masked in (
+        (pred_BMC[..., :-1], images_BCHW, masked_BM),
+        (pred_BMC[:, :-1], images_BCHW, masked_BM),
+        (pred_BMC, images_BCHW, masked_BM[:, 1:]),
+        (pred_BMC, images_BCHW[:2], masked_BM),
+        (pred_BMC, images_BCHW[:, :2], masked_BM),
+    ):
+        with pytest.raises(ValueError, match="do not fit"):
+            masked_pixel_loss(pred, images, masked, 3, True)
+
+
 def test_a_patch_of_one_colour(path: str):
     """Its deviation is zero; the target is, too."""
     pred_BMC = torch.full((1, 1, 48), 0.5, device=path, requires_grad=True)
