@@ -28,6 +28,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from eve.config import FeedForward
+from eve.errors import UserError
 from eve.moe.dispatch import LocalDispatcher
 from eve.moe.experts import ExpertBank
 from eve.moe.hard_experts import Expert
@@ -47,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--k", type=int, default=2)
     parser.add_argument("--capacity-factor", type=float, default=0.0)
     options = parser.parse_args(argv)
+    try:
+        check(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)
@@ -57,6 +63,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for width, hidden in SHAPES:
         report(width, hidden, runs_of(width, hidden, options, device), options.rounds)
     return 0
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises UserError."""
+    for name in ("rounds", "experts", "k"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}, expected at least 1")
+    if options.k > options.experts:
+        raise UserError(f"--k is {options.k}, expected at most the {options.experts} experts")
+    if options.tokens < 1 or options.tokens % (2 * LENGTH):
+        raise UserError(f"--tokens is {options.tokens}, expected a multiple of {2 * LENGTH}")
+    if not 0 <= options.capacity_factor < float("inf"):
+        raise UserError(f"--capacity-factor is {options.capacity_factor:g}, expected 0 or more")
 
 
 def report(width: int, hidden: int, runs: dict[str, Callable[[], object]], rounds: int) -> None:

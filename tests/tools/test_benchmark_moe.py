@@ -28,3 +28,24 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
             assert float(share) == pytest.approx(100 * float(time) / float(times[0]), rel=0.05, abs=0.2)
         overhead = float(re.findall(r"overhead of the layer: (-?[\d.]+)%", table)[0])
         assert overhead == pytest.approx(float(shares[1]) - 100, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--tokens", "64"], "--tokens is 64, expected a multiple of 128"),
+        (["--tokens", "300"], "--tokens is 300, expected a multiple of 128"),
+        (["--tokens", "0"], "--tokens is 0, expected a multiple of 128"),
+        (["--rounds", "0"], "--rounds is 0, expected at least 1"),
+        (["--experts", "0"], "--experts is 0, expected at least 1"),
+        (["--k", "0"], "--k is 0, expected at least 1"),
+        (["--k", "9"], "--k is 9, expected at most the 8 experts"),
+        (["--capacity-factor", "-1"], "--capacity-factor is -1, expected 0 or more"),
+    ],
+)
+def test_mistakes_get_one_sentence(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    out, error = capsys.readouterr()
+    assert (out, error) == ("", f"error: {sentence}\n")
