@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,8 @@ import torch
 from torch import Tensor
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+# As triton itself reads TRITON_INTERPRET, which knows several spellings of yes.
+INTERPRETED = HAS_TRITON and bool(importlib.import_module("triton").knobs.runtime.interpret)
 
 if TYPE_CHECKING:
     import triton.language as tl  # pyright: ignore[reportMissingImports]
@@ -37,6 +37,12 @@ def jit(function: Callable[..., Any]) -> Any:
 
 def use_triton(tensor: Tensor) -> bool:
     return HAS_TRITON and (tensor.is_cuda or INTERPRETED)
+
+
+def check_interpreter(tensor: Tensor) -> None:
+    """Before a kernel's tl.dot: the interpreter (triton 3.6, 3.7) multiplies the bits of bf16 as integers."""
+    if INTERPRETED and tensor.dtype == torch.bfloat16:
+        raise NotImplementedError("Triton's interpreter cannot multiply bf16; use fp16 or fp32 there.")
 
 
 def rows_of(tensor: Tensor) -> Tensor:
@@ -74,12 +80,3 @@ class CompileCase:
     num_warps: int = 4
     num_stages: int = 3
     aligned: tuple[str, ...] = field(default=())
-
-
-TRITON_TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-}

@@ -41,6 +41,7 @@ from kernels.grouped_linear import (
     ACTIVATIONS,
     activate,
     activated,
+    check_names,
     grouped_product,
     grouped_weight_gradient,
     ranges,
@@ -216,14 +217,20 @@ def grouped_activation_gradient(
 
 def _sizes(offsets_E: Tensor, products: str) -> Tensor | None:
     """What megablocks wants to know on the host, asked once a pass."""
-    return megablocks_products.sizes_of(offsets_E) if products == "megablocks" else None
+    several = offsets_E.shape[0] > 1
+    return megablocks_products.sizes_of(offsets_E) if products == "megablocks" and several else None
+
+
+def _ends(offsets_E: Tensor | None, num_rows: int, device: torch.device) -> Tensor:
+    return torch.full((1,), num_rows, dtype=torch.int32, device=device) if offsets_E is None else offsets_E
 
 
 @torch.library.custom_op("eve_kernels::expert_feed_forward", mutates_args=())
 def _forward(
-    x_ND: Tensor, w1_EDF: Tensor, b1_EF: Tensor, w2_EFD: Tensor, b2_ED: Tensor, offsets_E: Tensor,
+    x_ND: Tensor, w1_EDF: Tensor, b1_EF: Tensor, w2_EFD: Tensor, b2_ED: Tensor, offsets_E: Tensor | None,
     activation: str, products: str, row_token_N: Tensor | None, token_row_TK: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    offsets_E = _ends(offsets_E, (x_ND if row_token_N is None else row_token_N).shape[0], x_ND.device)
     if not use_triton(x_ND):
         x_ND = x_ND if row_token_N is None else rows_or_zero(x_ND, row_token_N)
         return feed_forward_definition(x_ND, w1_EDF, b1_EF, w2_EFD, b2_ED, offsets_E, activation)
@@ -246,10 +253,12 @@ def _(
 
 @torch.library.custom_op("eve_kernels::expert_feed_forward_backward", mutates_args=())
 def _backward_operator(
-    grad_ND: Tensor, x_ND: Tensor, z_NF: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, offsets_E: Tensor,
+    grad_ND: Tensor, x_ND: Tensor, z_NF: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, offsets_E: Tensor | None,
     activation: str, products: str, row_token_N: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the rows, of tokens too: dispatch's backward sums those of a token."""
+    all_rows = offsets_E is None
+    offsets_E = _ends(offsets_E, grad_ND.shape[0], grad_ND.device)
     if not use_triton(grad_ND):
         x_ND = x_ND if row_token_N is None else rows_or_zero(x_ND, row_token_N)
         return feed_forward_backward_definition(grad_ND, x_ND, z_NF, w1_EDF, w2_EFD, offsets_E, activation)
@@ -259,8 +268,9 @@ def _backward_operator(
     grad_z_NF, a_NF, grad_b1_EF = grouped_activation_gradient(grad_a_NF, z_NF, offsets_E, activation)
     _, _, grad_b2_ED = grouped_activation_gradient(grad_ND, None, offsets_E)
     assert a_NF is not None
-    grad_w2_EFD = grouped_weight_gradient(a_NF, grad_ND, offsets_E, **how)
-    grad_w1_EDF = grouped_weight_gradient(x_ND, grad_z_NF, offsets_E, **how, index_N=row_token_N)
+    grad_w2_EFD = grouped_weight_gradient(a_NF, grad_ND, offsets_E, **how, all_rows=all_rows)
+    rows: dict[str, Any] = {"index_N": row_token_N, "all_rows": all_rows}
+    grad_w1_EDF = grouped_weight_gradient(x_ND, grad_z_NF, offsets_E, **how, **rows)
     grad_x_ND, _ = grouped_product(grad_z_NF, w1_EDF.transpose(1, 2), offsets_E, **how)
     return grad_x_ND, grad_w1_EDF, grad_b1_EF, grad_w2_EFD, grad_b2_ED
 
@@ -281,7 +291,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(x_ND, output[1], w1_EDF, w2_EFD, offsets_E, row_token_N, token_row_TK)
 
 
-def _backward(ctx: Any, grad_ND: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_ND: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_ND is None:
+        return (None,) * 10
     *saved, row_token_N, token_row_TK = ctx.saved_tensors
     grad_x, *others = _backward_operator(grad_ND, *saved, ctx.activation, ctx.products, row_token_N)
     if token_row_TK is not None:
@@ -298,14 +310,14 @@ def expert_feed_forward(
     b1_EF: Tensor,
     w2_EFD: Tensor,
     b2_ED: Tensor,
-    offsets_E: Tensor,
+    offsets_E: Tensor | None,
     activation: str = "gelu",
     products: str = "auto",
     row_token_N: Tensor | None = None,
     token_row_TK: Tensor | None = None,
 ) -> Tensor:
-    """(N, D) -> (N, D); `offsets_E` int32 holds the end of each expert's rows. Rows past the last end are
-    undefined.
+    """(N, D) -> (N, D); `offsets_E` int32 holds the end of each expert's rows (None: there is one expert, and
+    it has all). Rows past the last end are undefined, and the gradient of such a row of x.
 
     activation: gelu or quick_gelu. products: what multiplies on a GPU (auto, grouped_mm, triton, megablocks);
     see kernels/grouped_linear.py.
@@ -314,6 +326,16 @@ def expert_feed_forward(
     """
     if (row_token_N is None) != (token_row_TK is None):
         raise ValueError("expert_feed_forward takes row_token_N and token_row_TK together")
+    check_names(activation, products, ("gelu", "quick_gelu"))
+    num_experts, width, hidden = w1_EDF.shape
+    if w2_EFD.shape[:2] != (num_experts, hidden) or b1_EF.shape != (num_experts, hidden):
+        raise ValueError(
+            f"w1 {tuple(w1_EDF.shape)} fits neither w2 {tuple(w2_EFD.shape)} nor b1 {tuple(b1_EF.shape)}"
+        )
+    if x_ND.shape[-1] != width or b2_ED.shape != (num_experts, w2_EFD.shape[2]):
+        raise ValueError(f"x {tuple(x_ND.shape)} does not fit w1 {tuple(w1_EDF.shape)}, or b2 not w2")
+    if num_experts != (1 if offsets_E is None else offsets_E.shape[0]):
+        raise ValueError(f"{num_experts} experts need as many offsets")
     how = activation, products, row_token_N, token_row_TK
     return _forward(x_ND, w1_EDF, b1_EF, w2_EFD, b2_ED, offsets_E, *how)[0]
 

@@ -1,18 +1,23 @@
 """Products of rows with the weights of their expert, y_n = activation(x_n W_e + b_e).
 
-Rows lie expert after expert; `offsets_E` (int32, on the device) holds the end of each. Rows past the last
-offset are neither read nor written. The host reads nothing: the grid is as large as the offsets can make it,
-N / BLOCK_N + E tiles of rows, each of one expert, which a program finds by a running sum over the experts;
-tiles that do not exist end at once.
+Rows lie expert after expert; `offsets_E` (int32, on the device) holds the end of each. Of several experts,
+rows past the last offset are neither read nor written. The host reads nothing: the grid is as large as the
+offsets can make it, N / BLOCK_N + E tiles of rows, each of one expert, which a program finds by a running sum
+over the experts; tiles that do not exist end at once.
 
     grouped_product           tiles of rows x columns, fp32 sums; bias and activation before they are stored.
                               Columns vary fastest: programs of one time share an expert's weights
     grouped_weight_gradient   a program sums a tile of x^T dy over all rows of its expert, in their order
 
-`products` says what multiplies: "triton", or torch's "grouped_mm" and then one pass for bias and activation,
-or the products of "megablocks" and then that pass (kernels/megablocks_products.py). `multiplier` has the rule
-of "auto". At N = 65,536 rows, 768 -> 3,072, bf16, the product is 0.31 TFLOP, 0.44 ms at 700 TFLOP/s. Bias and
-activation in its epilogue write z and the activation, 805 MB, under the product; after grouped_mm one pass
+One expert is no grouped product: cuBLAS multiplies, whatever `products` says, and the host waits for nothing.
+Rows past its end are multiplied, too.
+
+Of several, `products` says what multiplies: "triton", or torch's "grouped_mm" and then one pass for bias and
+activation, or the products of "megablocks" and then that pass (kernels/megablocks_products.py). `multiplier`
+has the rule of "auto".
+
+At N = 65,536 rows, 768 -> 3,072, bf16, the product is 0.31 TFLOP, 0.44 ms at 700 TFLOP/s. Bias and activation
+in its epilogue write z and the activation, 805 MB, under the product; after grouped_mm one pass
 reads 403 MB more, 0.25 ms of an H200's 4.8 TB/s. As operations of PyTorch (a gather of biases, a sum, an
 activation) they move 2.4 GB, 0.5 ms. None of these times is measured yet.
 
@@ -21,12 +26,23 @@ Shape suffixes: N row, E expert, I input column, O output column.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import megablocks_products
-from kernels.backend import CompileCase, divide_up, jit, power_of_2, rows_of, tl, use_triton
+from kernels.backend import (
+    CompileCase,
+    check_interpreter,
+    divide_up,
+    jit,
+    power_of_2,
+    rows_of,
+    tl,
+    use_triton,
+)
 from kernels.row_tiles import rows_or_zero
 
 ACTIVATIONS = {"none": 0, "gelu": 1, "quick_gelu": 2}
@@ -196,6 +212,13 @@ EPILOGUE_TILE = {"BLOCK_N": 16, "BLOCK_O": 256}
 PRODUCTS = ("auto", "grouped_mm", "triton", "megablocks")
 
 
+def check_names(activation: str, products: str, activations: Iterable[str] = ACTIVATIONS) -> None:
+    if activation not in activations:
+        raise ValueError(f"activation is {activation!r}; choose {', '.join(activations)}.")
+    if products not in PRODUCTS:
+        raise ValueError(f"products is {products!r}; choose {', '.join(PRODUCTS)}.")
+
+
 def multiplier(products: str, *widths: int, of: Tensor) -> str:
     """What multiplies rows like `of` with matrices of such widths: "grouped_mm", "triton" or "megablocks".
 
@@ -204,8 +227,6 @@ def multiplier(products: str, *widths: int, of: Tensor) -> str:
     H100 the kernel of torch is CUTLASS's, with the copy engine of that chip, which the one here does not use.
     By that reasoning and not by measurement, which waits for a GPU.
     """
-    if products not in PRODUCTS:
-        raise ValueError(f"products is {products!r}; choose {', '.join(PRODUCTS)}.")
     if products in ("triton", "megablocks"):
         return products
     fits = all(width * of.element_size() % 16 == 0 for width in widths)
@@ -238,8 +259,9 @@ def grouped_product(
     `sizes_E`: rows of each expert on the host, for megablocks. `index_N`: int64, row n is x_NI[index_N[n]],
     or zero for -1; the kernel here reads it there, the others are given a copy.
     """
+    check_names(activation, products)
     num_experts, num_inputs, num_outputs = weight_EIO.shape
-    chosen = multiplier(products, num_inputs, num_outputs, of=x_NI)
+    chosen = "one" if num_experts == 1 else multiplier(products, num_inputs, num_outputs, of=x_NI)
     if index_N is not None and not (chosen == "triton" and use_triton(x_NI)):
         x_NI, index_N = rows_or_zero(x_NI, index_N), None
     num_rows = (x_NI if index_N is None else index_N).shape[0]
@@ -257,20 +279,23 @@ def grouped_product(
     if not num_rows:
         return x_NI.new_empty(0, num_outputs), x_NI.new_empty(0, num_outputs) if keep else None
     if chosen != "triton":
-        if chosen == "megablocks":
+        if chosen == "one":
+            z_NO = F.linear(x_NI, weight_EIO[0].t(), None if bias_EO is None else bias_EO[0])
+            bias_EO = None  # added
+        elif chosen == "megablocks":
             z_NO = megablocks_products.product(x_NI, weight_EIO, _on_host(offsets_E, sizes_E))
-        elif num_experts == 1:
-            z_NO = x_NI @ weight_EIO[0]
         else:
             z_NO = F.grouped_mm(x_NI, weight_EIO, offs=offsets_E)
+        if bias_EO is None and not kind:
+            return z_NO, z_NO if keep else None
         out_NO = torch.empty_like(z_NO) if keep else z_NO
-        if bias_EO is not None or kind:
-            row_tiles = divide_up(num_rows, EPILOGUE_TILE["BLOCK_N"]) + num_experts
-            epilogue_kernel[(row_tiles, divide_up(num_outputs, EPILOGUE_TILE["BLOCK_O"]))](
-                z_NO, bias_EO, offsets_E, z_NO if keep else None, out_NO, num_experts, num_outputs,
-                ACTIVATION=kind, BLOCK_E=block_e, **EPILOGUE_TILE,
-            )  # fmt: skip
+        row_tiles = divide_up(num_rows, EPILOGUE_TILE["BLOCK_N"]) + num_experts
+        epilogue_kernel[(row_tiles, divide_up(num_outputs, EPILOGUE_TILE["BLOCK_O"]))](
+            z_NO, bias_EO, offsets_E, z_NO if keep and bias_EO is not None else None, out_NO, num_experts,
+            num_outputs, ACTIVATION=kind, BLOCK_E=block_e, **EPILOGUE_TILE,
+        )  # fmt: skip
         return out_NO, z_NO if keep else None
+    check_interpreter(x_NI)
     out_NO = x_NI.new_empty(num_rows, num_outputs)
     z_NO = torch.empty_like(out_NO) if keep else None
     tile = tile_of(x_NI, num_inputs, num_outputs, activation=activation)
@@ -294,19 +319,29 @@ def grouped_weight_gradient(
     products: str = "auto",
     sizes_E: Tensor | None = None,
     index_N: Tensor | None = None,
+    all_rows: bool = False,
 ) -> Tensor:
-    """(E, I, O): x^T grad over the rows of each expert; zero where it has none. `index_N` as above."""
-    chosen = multiplier(products, x_NI.shape[1], grad_NO.shape[1], of=x_NI)
+    """(E, I, O): x^T grad over the rows of each expert; zero where it has none. `index_N` as above.
+
+    `all_rows`: the host knows that every row has an expert, which spares one expert a pass over both."""
+    check_names("none", products)
+    num_experts, num_inputs, num_outputs = offsets_E.shape[0], x_NI.shape[1], grad_NO.shape[1]
+    chosen = "one" if num_experts == 1 else multiplier(products, num_inputs, num_outputs, of=x_NI)
     if index_N is not None and not (chosen == "triton" and use_triton(x_NI)):
         x_NI, index_N = rows_or_zero(x_NI, index_N), None
     if not use_triton(x_NI):
         return torch.stack([x_NI[rows].t() @ grad_NO[rows] for rows in ranges(offsets_E)])
+    if chosen == "one":
+        if not all_rows:  # those of nobody may hold NaN, on either side
+            nobody_N1 = torch.arange(grad_NO.shape[0], device=x_NI.device)[:, None] >= offsets_E
+            x_NI, grad_NO = x_NI.masked_fill(nobody_N1, 0), grad_NO.masked_fill(nobody_N1, 0)
+        return (x_NI.t() @ grad_NO)[None]
     x_NI, grad_NO = rows_of(x_NI), rows_of(grad_NO)
-    num_inputs, num_outputs, num_experts = x_NI.shape[1], grad_NO.shape[1], offsets_E.shape[0]
     if x_NI.shape[0] and chosen == "megablocks":
         return megablocks_products.weight_gradient(x_NI, grad_NO, _on_host(offsets_E, sizes_E))
     if x_NI.shape[0] and chosen == "grouped_mm":
         return F.grouped_mm(x_NI.t(), grad_NO, offs=offsets_E)
+    check_interpreter(x_NI)
     out_EIO = x_NI.new_empty(num_experts, num_inputs, num_outputs)
     tile = tile_of(x_NI, num_inputs, num_outputs)
     tile = {**tile, "BLOCK_N": tile["BLOCK_I"], "BLOCK_I": tile["BLOCK_N"]}
@@ -395,6 +430,15 @@ COMPILE_CASES = [
             "num_experts": "i32", "width": "i32",
         },
         constants={"ACTIVATION": 1, "BLOCK_E": 32, **EPILOGUE_TILE},
+        aligned=("width",),
+    ),
+    CompileCase(
+        name="grouped_linear, after the product of one expert",
+        kernel=epilogue_kernel,
+        types={
+            "product": "*bf16", "offsets": "*i32", "out": "*bf16", "num_experts": "i32", "width": "i32",
+        },
+        constants={"bias": None, "z": None, "ACTIVATION": 1, "BLOCK_E": 1, **EPILOGUE_TILE},
         aligned=("width",),
     ),
     CompileCase(

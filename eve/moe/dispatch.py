@@ -46,7 +46,10 @@ class ReferenceDispatcher:
     ) -> Tensor:
         if vector_MD is not None:
             x_TD = x_TD + vector_MD[modality_T]
-        return F.one_hot(plan.row_token_N, x_TD.shape[0]).to(x_TD.dtype) @ x_TD
+        num_tokens, row_N = x_TD.shape[0], torch.arange(plan.row_token_N.shape[0], device=x_TD.device)
+        # A last column stands for "nobody": padding (-1), and the rows past the last offset.
+        token_N = plan.row_token_N.where(row_N < plan.offsets_E[-1], num_tokens) % (num_tokens + 1)
+        return F.one_hot(token_N, num_tokens + 1)[:, :-1].to(x_TD.dtype) @ x_TD
 
     def combine(self, y_ND: Tensor, plan: RoutingPlan) -> Tensor:
         num_rows = y_ND.shape[0]

@@ -35,8 +35,7 @@ class Expert(nn.Module):
     def forward(self, x_ND: Tensor) -> Tensor:
         """(N, D) -> (N, D)."""
         weights = self.w1_DF[None], self.b1_F[None], self.w2_FD[None], self.output_bias()[None]
-        end = torch.full((1,), x_ND.shape[0], dtype=torch.int32, device=x_ND.device)
-        return expert_feed_forward(x_ND, *weights, end, self.activation, self.products)
+        return expert_feed_forward(x_ND, *weights, None, self.activation, self.products)
 
     def output_bias(self) -> Tensor:
         """What is added to the second product."""

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from kernels.expert_feed_forward import expert_feed_forward, grouped_activation_gradient
+from kernels.grouped_linear import PRODUCTS
 from tests.kernels.rows import placed
 from tests.kernels.test_grouped_linear import BOTH, half
+from tests.kernels.test_masked_text_loss import NoGradient
 
 # Rows, width, hidden width, ends of the experts' rows.
 CASES = {
     "one row": (1, 4, 12, [1]),
     "no row": (0, 4, 8, [0, 0]),
+    "one expert": (40, 12, 20, [33]),
     "odd sizes": (37, 13, 71, [5, 5, 30, 37]),
     "more than a tile of sums": (580, 8, 12, [0, 270, 570]),  # the last 10 rows belong to nobody
     "all rows to the last": (70, 12, 40, [0, 0, 0, 70]),
@@ -52,7 +55,7 @@ def oracle(leaves: list[Tensor], ends: list[int], activation: str) -> Tensor:
 
 
 def check(
-    case, leaves: list[Tensor], offsets_E: Tensor, activation: str, products: str, **tolerance: Any
+    case, leaves: list[Tensor], offsets_E: Tensor | None, activation: str, products: str, **tolerance: Any
 ) -> None:
     ends, last = case[3], case[3][-1]
     wide = [leaf.detach().double().cpu().requires_grad_() for leaf in leaves]
@@ -129,6 +132,56 @@ def test_an_expert_with_many_tiles_of_sums(path: str):
     *_, sums_EO = grouped_activation_gradient(grad_NO, None, offsets_E)
     exact = [grad_NO[:2100].double().sum(0), grad_NO[2100:2190].double().sum(0)]
     torch.testing.assert_close(sums_EO.double(), torch.stack(exact), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_one_expert_that_has_all_rows(path: str, products: str):
+    """In bf16, which the interpreter cannot multiply, and without megablocks: a plain product."""
+    case = (33, 16, 24, [33])
+    leaves, _ = drawn(case, path, torch.bfloat16)
+    check(case, leaves, None, "gelu", products, rtol=2**-5, atol=2**-3)
+
+
+def test_rows_that_no_expert_has_get_no_gradient():
+    """So the definition, whatever fresh memory holds; the kernels leave them undefined."""
+    leaves, offsets_E = drawn(CASES["more than a tile of sums"], "cpu")
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        expert_feed_forward(*leaves, offsets_E).sum().backward()  # pyright: ignore
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not leaves[0].grad[570:].any()  # pyright: ignore
+    assert leaves[0].grad[:570].any(1).all()  # pyright: ignore
+
+
+def test_no_upstream_gradient(path: str):
+    leaves, offsets_E = drawn(CASES["odd sizes"], path)
+    NoGradient.apply(expert_feed_forward(*leaves, offsets_E)).sum().backward()  # pyright: ignore
+    assert all(leaf.grad is None for leaf in leaves)
+
+
+@pytest.mark.parametrize("name", ["relu", "none"])
+def test_unknown_names_are_named(path: str, name: str):
+    leaves, offsets_E = drawn(CASES["odd sizes"], path)
+    with pytest.raises(ValueError, match=f"'{name}'; choose gelu, quick_gelu"):
+        expert_feed_forward(*leaves, offsets_E, name)  # pyright: ignore
+    with pytest.raises(ValueError, match="'grouped_mn'; choose auto"):
+        expert_feed_forward(*leaves, offsets_E, products="grouped_mn")  # pyright: ignore
+
+
+@pytest.mark.parametrize("leaf", range(5))
+def test_widths_that_do_not_fit(path: str, leaf: int):
+    leaves, offsets_E = drawn(CASES["odd sizes"], path)
+    leaves[leaf] = leaves[leaf][..., :-1]
+    with pytest.raises(ValueError, match="fit"):
+        expert_feed_forward(*leaves, offsets_E)  # pyright: ignore
+
+
+def test_as_many_offsets_as_experts(path: str):
+    leaves, offsets_E = drawn(CASES["odd sizes"], path)
+    for ends_E in (offsets_E[:-1], None):
+        with pytest.raises(ValueError, match="4 experts"):
+            expert_feed_forward(*leaves, ends_E)  # pyright: ignore
 
 
 def test_two_runs_are_bit_equal(path: str):

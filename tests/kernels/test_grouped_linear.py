@@ -9,12 +9,21 @@ import torch
 from torch import Tensor
 
 from kernels.backend import INTERPRETED
-from kernels.grouped_linear import SMALL_TILE, grouped_product, grouped_weight_gradient, product_kernel
+from kernels.grouped_linear import (
+    PRODUCTS,
+    SMALL_TILE,
+    grouped_product,
+    grouped_weight_gradient,
+    multiplier,
+    product_kernel,
+    tile_of,
+)
 
 # Rows, input and output columns, ends of the experts' rows.
 CASES = {
     "one row": (1, 4, 8, [1]),
     "no row": (0, 4, 8, [0, 0]),
+    "one expert": (40, 16, 24, [33]),
     "odd sizes": (37, 13, 71, [5, 5, 30, 37]),
     "more than a tile": (150, 40, 68, [0, 70, 135]),  # the last 15 rows belong to nobody
     "all rows to the last": (70, 36, 8, [0, 0, 0, 70]),
@@ -176,7 +185,100 @@ def test_rows_of_nobody_are_not_written(path: str):
     assert not (out_NO[:33] == 5).any()
 
 
-def test_unknown_products_are_named():
-    *tensors, offsets_E = drawn(CASES["one row"], "cpu")
-    with pytest.raises(ValueError, match="grouped_mn"):
-        grouped_product(tensors[0], tensors[1], offsets_E, products="grouped_mn")
+@pytest.mark.parametrize("case", ["one row", "odd sizes"])
+def test_unknown_names_are_named(path: str, case: str):
+    x_NI, weight_EIO, _, offsets_E = drawn(CASES[case], path)
+    with pytest.raises(ValueError, match="'grouped_mn'; choose auto, grouped_mm"):
+        grouped_product(x_NI, weight_EIO, offsets_E, products="grouped_mn")
+    with pytest.raises(ValueError, match="'relu'; choose none, gelu"):
+        grouped_product(x_NI, weight_EIO, offsets_E, activation="relu")
+    with pytest.raises(ValueError, match="'grouped_mn'"):
+        grouped_weight_gradient(x_NI, x_NI, offsets_E, "grouped_mn")
+
+
+@BOTH
+def test_kept_without_bias_and_activation(path: str, products: str):
+    case = CASES["odd sizes"]
+    x_NI, weight_EIO, _, offsets_E = drawn(case, path)
+    found, z_NO = grouped_product(x_NI, weight_EIO, offsets_E, keep=True, products=products)
+    exact = oracle(x_NI, weight_EIO, torch.zeros(len(case[3]), case[2]), case[3], "none")
+    for each in (found, z_NO):
+        torch.testing.assert_close(each.double().cpu(), exact, rtol=1e-5, atol=1e-5)  # pyright: ignore
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_one_expert_is_a_plain_product(path: str, products: str):
+    """In bf16, which the interpreter cannot multiply, and without megablocks."""
+    case = (33, 16, 24, [33])
+    x_NI, weight_EIO, bias_EO, offsets_E = drawn(case, path, torch.bfloat16)
+    found, z_NO = grouped_product(x_NI, weight_EIO, offsets_E, bias_EO, "gelu", True, products)
+    tolerance = {"rtol": 2**-6, "atol": 2**-6}
+    for each, activation in ((found, "gelu"), (z_NO, "none")):
+        exact = oracle(x_NI, weight_EIO, bias_EO, case[3], activation)
+        torch.testing.assert_close(each.double().cpu(), exact, **tolerance)  # pyright: ignore
+    for all_rows in (False, True):
+        found = grouped_weight_gradient(x_NI, z_NO, offsets_E, products, all_rows=all_rows)  # pyright: ignore
+        exact = x_NI.double().t() @ z_NO.double()  # pyright: ignore
+        torch.testing.assert_close(found[0].double(), exact, rtol=2**-6, atol=2**-4)
+
+
+def test_the_interpreter_refuses_bf16(path: str):
+    if not INTERPRETED:
+        pytest.skip("of the interpreter alone")
+    x_NI, weight_EIO, _, offsets_E = drawn(CASES["odd sizes"], path, torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="bf16"):
+        grouped_product(x_NI, weight_EIO, offsets_E, products="triton")
+    with pytest.raises(NotImplementedError, match="bf16"):
+        grouped_weight_gradient(x_NI, x_NI, offsets_E, products="triton")
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 256), (256, 64), (80, 272)])
+def test_the_tiles_of_16_bits(path: str, inputs: int, outputs: int):
+    """Widths that are whole tiles of inputs, and one that is not."""
+    case = (140, inputs, outputs, [3, 137])
+    x_NI, weight_EIO, bias_EO, offsets_E = drawn(case, path, torch.float16)
+    assert tile_of(x_NI, inputs, outputs) == {
+        "BLOCK_N": 128, "BLOCK_I": 64, "BLOCK_O": 256, "num_warps": 8, "num_stages": 3,
+    }  # fmt: skip
+    tolerance = {"rtol": 2**-8, "atol": 2**-8}
+    for activation in ("none", "gelu"):
+        found, _ = grouped_product(x_NI, weight_EIO, offsets_E, bias_EO, activation, products="triton")
+        exact = oracle(x_NI, weight_EIO, bias_EO, case[3], activation)
+        torch.testing.assert_close(found[:137].double().cpu(), exact, **tolerance)
+    grad_NO = found * 0.1
+    found_EIO = grouped_weight_gradient(x_NI, grad_NO, offsets_E, "triton")
+    for e, rows in enumerate((slice(0, 3), slice(3, 137))):
+        exact = x_NI[rows].double().t() @ grad_NO[rows].double()
+        torch.testing.assert_close(found_EIO[e].double(), exact, rtol=2**-8, atol=2**-6)
+
+
+class OnDevice:
+    """What `multiplier` asks of rows: a device, a type, the bytes of a number."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "expected"),
+    [
+        ((9, 0), torch.bfloat16, 64, "grouped_mm"),
+        ((10, 0), torch.bfloat16, 64, "grouped_mm"),
+        ((8, 0), torch.bfloat16, 64, "triton"),
+        ((12, 0), torch.bfloat16, 64, "triton"),
+        ((9, 0), torch.float16, 64, "triton"),
+        ((9, 0), torch.float32, 64, "triton"),
+        ((9, 0), torch.bfloat16, 60, "triton"),  # rows of 120 bytes
+    ],
+)
+def test_what_auto_chooses(monkeypatch, capability, dtype, width: int, expected: str):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert multiplier("auto", 768, width, of=OnDevice(dtype)) == expected  # pyright: ignore
+    asked = "grouped_mm" if dtype == torch.bfloat16 and width == 64 else "triton"
+    assert multiplier("grouped_mm", 768, width, of=OnDevice(dtype)) == asked  # pyright: ignore
+    assert multiplier("megablocks", 768, width, of=OnDevice(dtype)) == "megablocks"  # pyright: ignore
