@@ -11,6 +11,10 @@ for each expert's slots; those past the capacity are dropped, and dropped ones c
     position    all choices by token (DeepSpeed's topkgating)
     score       all choices by their score, descending (the same, its other policy)
 
+Definition and kernels round scores differently, in the last bit: where two choices differ by no more than
+that, the orders priority (without `priority_T`) and score may queue them differently, and with a capacity
+drop another one. Each path by itself is deterministic.
+
 A logit of -inf is an expert that a token cannot choose: no score, no gradient. There must be k others.
 Rows of an expert lie together, first choices by token, then second choices.
 
@@ -31,7 +35,8 @@ together. Backward is one launch that makes the scores again from the logits: no
 kept.
 
 Bytes: logits read once forward and once backward, T E 4 (4 MB at T 32,768, E 32), and T K 8 of each index:
-7 MB, 2 microseconds; what it costs is the launches.
+7 MB, 2 microseconds; what it costs is the launches. That leaves out the tables (B, G, K, E), where a
+block writes those of its own groups alone, K E 4 bytes each (256 at K 2, E 32).
 
 Shape suffixes: T token, E expert, K choice, G group, N row, M modality, B block of tokens.
 """
@@ -46,9 +51,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import divide_up, use_triton
-from kernels.routing_backward import EPSILON, route_backward, scores
+from kernels.routing_backward import route_backward, scores
 from kernels.routing_fit import ORDERS, fit_kernel, fit_sorted_kernel
-from kernels.routing_kernels import RENORMALISE, WARPS, blocks_of, choose_kernel, place_kernel, tile_of
+from kernels.routing_kernels import (
+    EPSILON,
+    RENORMALISE,
+    WARPS,
+    blocks_of,
+    choose_kernel,
+    place_kernel,
+    tile_of,
+)
 
 Outputs = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
@@ -107,22 +120,29 @@ def route(
 ) -> Routing:
     """
     Args:
-        logits_TE: fp32.
+        logits_TE: fp32; on a CPU fp64, too.
         group_T: int64, group of each token, below `num_groups`.
         modality_T: int64, modality of each token, below `num_modalities`, to count by; None counts all.
         capacity_G: int64, slots of each expert for a group; None drops nothing.
         noise_TE: added to the logits where the choices after the first are made, not in the scores.
         priority_T: fp32, for the order "priority".
         order: of the queues, see above.
-        sigmoid: scores are sigmoids; for balance and entropy they are divided by their sum over experts.
+        sigmoid: scores are sigmoids; for balance and entropy they are divided by their sum over experts, or
+            by EPSILON where it is less.
         renormalise: "none", or weights are divided by the sum over a token's choices, "before_drops" (Tutel),
             or over its kept choices, "after_drops" (GShard, DeepSpeed).
         balance_all: the load balance counts all choices, divided by k, not the first ones.
         align: each expert's rows are filled up to a multiple of it.
         own: begin and number of the tokens whose rows are placed; None places all.
     """
-    assert order in ORDERS, order
-    assert renormalise in RENORMALISE, renormalise
+    for name, value, known in (("order", order, ORDERS), ("renormalise", renormalise, RENORMALISE)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; choose {', '.join(known)}.")
+    if not 1 <= num_choices <= logits_TE.shape[1]:
+        raise ValueError(f"{num_choices} choices of {logits_TE.shape[1]} experts")
+    exact = (torch.float32,) if use_triton(logits_TE) else (torch.float32, torch.float64)
+    if logits_TE.dtype not in exact:
+        raise ValueError(f"logits of routing are fp32, not {logits_TE.dtype}")
     begin, num_own = own or (0, logits_TE.shape[0])
     found = _route(
         logits_TE, noise_TE, group_T, capacity_G, priority_T, modality_T, num_groups, num_choices,
@@ -291,8 +311,8 @@ def _route(
     shape = {"E": num_experts, "K": k, "M": num_modalities, **tile, "num_warps": WARPS}
     choose_kernel[(num_blocks,)](
         logits_TE.contiguous(), noise_TE, group_T, modality_T, expert, score, kept, group_counts, counts,
-        share_sums, scalar_sums, ranges, tallies, num_tokens, num_groups, begin, end, SIGMOID=sigmoid,
-        **shape,
+        share_sums, scalar_sums, ranges, tallies, num_tokens, num_groups, begin, end, EPSILON,
+        SIGMOID=sigmoid, **shape,
     )  # fmt: skip
     if capacity_G is not None and order == "sequence":
         fit_kernel[(num_blocks,)](

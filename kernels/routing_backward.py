@@ -6,6 +6,7 @@ read (T E 4 bytes, and as many written); the counts of first choices by group co
     weights     w_k = s_k / sum_j s_j over the kept choices: ds_k = (dw_k - sum_j dw_j w_j) / sum_j s_j;
                 divided before drops, j runs over all choices, and the dw of dropped ones are 0
     balance     E / T_g^2 sum_e first_ge sum_t share_te: the share's gradient is E / T_g^2 first_ge
+    shares      of sigmoids: s_te / sum_e s_te, and as above; a sum below EPSILON counts as EPSILON
     z-loss      mean over the T_g tokens of l^2, l = logsumexp: 2 l softmax / T_g
 
 Shape suffixes: T token, E expert, K choice, G group.
@@ -17,10 +18,15 @@ import torch
 from torch import Tensor
 
 from kernels.backend import CompileCase, divide_up, jit, tl, use_triton
-from kernels.routing_kernels import COMPILED_SHAPES, RENORMALISE, WARPS, choice_of, tile_of, token_scores
-
-EPSILON = 1.1920928955078125e-07  # fp32's: no division by less where all choices of a token were dropped
-
+from kernels.routing_kernels import (
+    COMPILED_SHAPES,
+    EPSILON,
+    RENORMALISE,
+    WARPS,
+    choice_of,
+    tile_of,
+    token_scores,
+)
 
 # ---------------------------------------------------------------------------------------------- definition
 
@@ -51,8 +57,9 @@ def route_backward_definition(
     num_experts = logits_TE.shape[1]
     grad_share_TE = ((num_experts * grad_balance_G / tokens_G.square())[:, None] * first_GE)[group_T]
     if sigmoid:
-        centred_TE = grad_share_TE - (share_TE * grad_share_TE).sum(-1, keepdim=True)
-        grad_score_TE = grad_score_TE + centred_TE / score_TE.sum(-1, keepdim=True)
+        all_T1 = score_TE.sum(-1, keepdim=True)
+        mean_T1 = (share_TE * grad_share_TE).sum(-1, keepdim=True) * (all_T1 >= EPSILON)
+        grad_score_TE = grad_score_TE + (grad_share_TE - mean_T1) / all_T1.clamp_min(EPSILON)
         grad_TE = grad_score_TE * score_TE * (1 - score_TE)
     else:
         grad_score_TE = grad_score_TE + grad_share_TE
@@ -67,7 +74,7 @@ def scores(logits_TE: Tensor, sigmoid: bool) -> tuple[Tensor, Tensor]:
         score_TE = torch.softmax(logits_TE, dim=-1)
         return score_TE, score_TE
     score_TE = torch.sigmoid(logits_TE)
-    return score_TE, score_TE / score_TE.sum(-1, keepdim=True)
+    return score_TE, score_TE / score_TE.sum(-1, keepdim=True).clamp_min(EPSILON)
 
 
 # ------------------------------------------------------------------------------------------------- - kernel
@@ -86,7 +93,7 @@ def route_backward_kernel(
     place_TE = token_T[:, None] * E + lane_E[None, :]
     tile_TE = inside_T[:, None] & (lane_E < E)[None, :]
     logits_TE = tl.load(logits + place_TE, mask=tile_TE, other=float("-inf"))
-    score_TE, share_TE, logsumexp_T = token_scores(logits_TE, tile_TE, inside_T, SIGMOID)
+    score_TE, share_TE, logsumexp_T = token_scores(logits_TE, tile_TE, inside_T, epsilon, SIGMOID)
     total_T = tl.zeros([BLOCK_T], tl.float32)
     product_T = tl.zeros([BLOCK_T], tl.float32)
     for k in tl.static_range(K):
@@ -113,9 +120,10 @@ def route_backward_kernel(
     first_TE = tl.load(first_counts + group_T[:, None] * E + lane_E[None, :], mask=tile_TE, other=0.0)
     grad_share_TE = scale_T[:, None] * first_TE
     if SIGMOID:
-        centred_TE = grad_share_TE - tl.sum(share_TE * grad_share_TE, axis=1)[:, None]
-        all_T = tl.where(inside_T, tl.sum(score_TE, axis=1), 1.0)
-        grad_TE = (grad_score_TE + centred_TE / all_T[:, None]) * score_TE * (1.0 - score_TE)
+        all_T = tl.sum(score_TE, axis=1)
+        mean_T = tl.where(all_T >= epsilon, tl.sum(share_TE * grad_share_TE, axis=1), 0.0)
+        grad_score_TE += (grad_share_TE - mean_T[:, None]) / tl.maximum(all_T, epsilon)[:, None]
+        grad_TE = grad_score_TE * score_TE * (1.0 - score_TE)
     else:
         grad_score_TE += grad_share_TE
         grad_TE = score_TE * (grad_score_TE - tl.sum(score_TE * grad_score_TE, axis=1)[:, None])

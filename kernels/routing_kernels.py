@@ -16,6 +16,8 @@ from kernels.backend import CompileCase, jit, power_of_2, tl
 WARPS = 8
 # A token's weights are divided by: nothing, the sum over its choices, the sum over those that are kept.
 RENORMALISE = {"none": 0, "before_drops": 1, "after_drops": 2}
+# fp32's: no division by less, where all choices of a token were dropped, or all its scores are 0.
+EPSILON = 1.1920928955078125e-07
 
 
 def tile_of(num_experts: int) -> dict[str, int]:
@@ -33,7 +35,7 @@ def blocks_of(num_experts: int) -> dict[str, int]:
 def choose_kernel(
     logits, noise, group, modality, expert, score, kept, group_counts, counts, share_sums, scalar_sums,
     ranges, tallies,
-    num_tokens, num_groups, begin, end,
+    num_tokens, num_groups, begin, end, epsilon,
     E: tl.constexpr, K: tl.constexpr, M: tl.constexpr, SIGMOID: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -43,7 +45,7 @@ def choose_kernel(
     place_TE = token_T[:, None] * E + lane_E[None, :]
     tile_TE = inside_T[:, None] & (lane_E < E)[None, :]
     logits_TE = tl.load(logits + place_TE, mask=tile_TE, other=float("-inf"))
-    score_TE, share_TE, logsumexp_T = token_scores(logits_TE, tile_TE, inside_T, SIGMOID)
+    score_TE, share_TE, logsumexp_T = token_scores(logits_TE, tile_TE, inside_T, epsilon, SIGMOID)
     entropy_TE = tl.where(share_TE > 0, share_TE * tl.log(tl.where(share_TE > 0, share_TE, 1.0)), 0.0)
     tl.store(scalar_sums + block * (num_groups + 1) + num_groups, -tl.sum(tl.sum(entropy_TE, axis=1), axis=0))
 
@@ -122,15 +124,14 @@ def groups_overlap(ranges, block_B, there_B, lo, hi):
 
 
 @jit
-def token_scores(logits_TE, tile_TE, inside_T, SIGMOID: tl.constexpr):
+def token_scores(logits_TE, tile_TE, inside_T, epsilon, SIGMOID: tl.constexpr):
     largest_T = tl.where(inside_T, tl.max(logits_TE, axis=1), 0.0)
     power_TE = tl.where(tile_TE, tl.exp(logits_TE - largest_T[:, None]), 0.0)
     sum_T = tl.where(inside_T, tl.sum(power_TE, axis=1), 1.0)
     logsumexp_T = largest_T + tl.log(sum_T)
     if SIGMOID:
         score_TE = tl.where(tile_TE, 1.0 / (1.0 + tl.exp(-logits_TE)), 0.0)
-        total_T = tl.where(inside_T, tl.sum(score_TE, axis=1), 1.0)
-        share_TE = score_TE / total_T[:, None]
+        share_TE = score_TE / tl.maximum(tl.sum(score_TE, axis=1), epsilon)[:, None]
     else:
         score_TE = power_TE / sum_T[:, None]
         share_TE = score_TE
@@ -301,7 +302,7 @@ def _compile_cases() -> list[CompileCase]:
         "epsilon": "fp32",
     }  # fmt: skip
     dropless = {name: kind for name, kind in placed.items() if name != "kept"}
-    sizes = {name: kind for name, kind in SIZES.items() if name != "num_blocks"}
+    sizes = {name: kind for name, kind in SIZES.items() if name != "num_blocks"} | {"epsilon": "fp32"}
     cases = []
     for num_experts, k, sigmoid in COMPILED_SHAPES:
         shape = {"E": num_experts, "K": k, "M": 2, **tile_of(num_experts)}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.routing import route
+from kernels.routing_kernels import blocks_of, tile_of
 
 SHAPES = [  # tokens, experts, choices, groups
     (0, 3, 2, 1),
@@ -62,7 +63,7 @@ def differentiable(logits, expert, kept, group, num_groups, sigmoid, renormalise
     """weight_TK, balance_G, z_loss_G and the entropy, in plain PyTorch."""
     k, num_experts = expert.shape[1], logits.shape[1]
     score = torch.sigmoid(logits) if sigmoid else torch.softmax(logits, -1)
-    share = score / score.sum(-1, keepdim=True)
+    share = score / score.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
     raw = torch.stack([score[torch.arange(len(score)), expert[:, c]] for c in range(k)], 1)
     weight = raw * kept
     if renormalise != "none":
@@ -117,6 +118,19 @@ def tensors(shape, skew, grouping):
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_a_loop_over_tokens(path, shape, grouping, settings):
+    check(path, shape, grouping, settings)
+
+
+@pytest.mark.parametrize("grouping", ["runs", "mixed"])
+@pytest.mark.parametrize("settings", ["own", "score"])
+def test_more_blocks_of_tokens_than_are_loaded_together(path, grouping, settings):
+    """Of so many experts a block has 16 tokens, and 8 blocks are loaded at a time."""
+    shape = (200, 130, 2, 3)
+    assert shape[0] > tile_of(shape[1])["BLOCK_T"] * blocks_of(shape[1])["BLOCK_B"]
+    check(path, shape, grouping, settings)
+
+
+def check(path, shape, grouping, settings):
     num_tokens, num_experts, k, num_groups = shape
     logits, group, generator = tensors(shape, settings == "skew", grouping)
     noise = 3 * torch.randn(logits.shape, generator=generator) if settings == "noise" else None
@@ -220,6 +234,49 @@ def test_logits_that_are_not_numbers_name_an_expert(path):
     assert found.expert_TK[5, 0] == 2
     assert int(found.token_row_TK.min()) >= 0
     assert int(found.token_row_TK.max()) < 40
+
+
+@pytest.mark.parametrize("renormalise", ["none", "before_drops", "after_drops"])
+def test_sigmoids_that_sum_to_nothing(path, renormalise):
+    """Less than an epsilon, and 0 in fp32."""
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(7))
+    logits[:3] -= 19
+    logits[3] -= 200
+    group = torch.tensor([0, 0, 1, 1, 0, 1])
+    generator = torch.Generator().manual_seed(8)
+    upstream = [torch.randn(shape, generator=generator) for shape in ((6, 2), (2,))]
+    leaf = logits.to(path, copy=True).requires_grad_()
+    how = {"sigmoid": True, "renormalise": renormalise}
+    found = route(leaf, 2, group_T=group.to(path), num_groups=2, **how)
+    outputs = found.weight_TK, found.balance_G
+    (grad,) = torch.autograd.grad(outputs, leaf, [tensor.to(path) for tensor in upstream])
+    wide = logits.double().requires_grad_()
+    kept = torch.ones(6, 2, dtype=torch.bool)
+    weight, balance, _, entropy = differentiable(
+        wide, found.expert_TK.cpu(), kept, group, 2, True, renormalise, False
+    )
+    (exact,) = torch.autograd.grad((weight, balance), wide, [tensor.double() for tensor in upstream])
+    for one, other in zip((*outputs, found.entropy, grad), (weight, balance, entropy, exact), strict=True):
+        torch.testing.assert_close(one.detach().cpu().double(), other.detach(), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_choices": 6}, "6 choices of 5 experts"),
+        ({"num_choices": 0}, "0 choices"),
+        ({"order": "random"}, "order is 'random'; choose sequence"),
+        ({"renormalise": "twice"}, "renormalise is 'twice'; choose none"),
+        ({"logits_TE": torch.zeros(4, 5, dtype=torch.bfloat16)}, "bfloat16"),
+    ],
+)
+def test_what_cannot_be_routed(path, change, said):
+    how = {"logits_TE": torch.zeros(4, 5), "num_choices": 2, "group_T": torch.zeros(4, dtype=torch.int64)}
+    how = {
+        name: value.to(path) if torch.is_tensor(value) else value for name, value in (how | change).items()
+    }
+    with pytest.raises(ValueError, match=said):
+        route(**how, num_groups=1)
 
 
 def test_compiles_whole_and_checkpoints(path):
