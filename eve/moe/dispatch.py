@@ -46,18 +46,23 @@ class ReferenceDispatcher:
     ) -> Tensor:
         if vector_MD is not None:
             x_TD = x_TD + vector_MD[modality_T]
-        num_tokens, row_N = x_TD.shape[0], torch.arange(plan.row_token_N.shape[0], device=x_TD.device)
-        # A last column stands for "nobody": padding (-1), and the rows past the last offset.
-        token_N = plan.row_token_N.where(row_N < plan.offsets_E[-1], num_tokens) % (num_tokens + 1)
-        return F.one_hot(token_N, num_tokens + 1)[:, :-1].to(x_TD.dtype) @ x_TD
+        num_tokens = x_TD.shape[0]
+        # A last column stands for padding (-1) and is cut off.
+        one_hot_NT = F.one_hot(plan.row_token_N % (num_tokens + 1), num_tokens + 1)[:, :-1]
+        return zero_past_end(one_hot_NT.to(x_TD.dtype) @ x_TD, plan)
 
     def combine(self, y_ND: Tensor, plan: RoutingPlan) -> Tensor:
         num_rows = y_ND.shape[0]
-        # A last column stands for "dropped" and is cut off. Rows past the last offset are not defined.
+        # A last column stands for "dropped" and is cut off.
         one_hot_TKN = F.one_hot(plan.token_row_TK % (num_rows + 1), num_rows + 1)[..., :-1]
         mix_TN = (one_hot_TKN * plan.weight_TK[..., None]).sum(1)
-        computed_N1 = (torch.arange(num_rows, device=y_ND.device) < plan.offsets_E[-1])[:, None]
-        return mix_TN.to(y_ND.dtype) @ y_ND.where(computed_N1, torch.zeros_like(y_ND))
+        return mix_TN.to(y_ND.dtype) @ zero_past_end(y_ND, plan)
+
+
+def zero_past_end(y_ND: Tensor, plan: RoutingPlan) -> Tensor:
+    """Of the rows past the last offset neither values nor gradients are defined: both become 0."""
+    computed_N1 = (torch.arange(y_ND.shape[0], device=y_ND.device) < plan.offsets_E[-1])[:, None]
+    return y_ND.where(computed_N1, torch.zeros_like(y_ND))
 
 
 class LocalDispatcher:

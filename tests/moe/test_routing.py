@@ -67,6 +67,9 @@ def test_rows_that_no_expert_computed_do_not_leak():
     y[0] = 1.0
     for dispatcher in (ReferenceDispatcher(), LocalDispatcher()):
         assert dispatcher.combine(y, plan).tolist() == [[1.0] * 3] + [[0.0] * 3] * 3
+        x = torch.ones(4, 3, requires_grad=True)
+        dispatcher.dispatch(x, plan).backward(y)
+        assert x.grad.tolist() == [[1.0] * 3] + [[0.0] * 3] * 3
 
 
 @pytest.mark.parametrize("ends", [[3, 3, 10], [0, 0, 10], [10, 10, 10], [2, 5, 7]])
