@@ -20,13 +20,13 @@ with sequence parallelism, else 1):
 
     attention                   D / s (norm's input) + D (its output) + 5 D / t (query, key, value, result,
                                 and that permuted for the projection) + D / s (what LayerScale multiplies)
-    hard-routed feed-forward    D / s + D + 2 F / t (around the activation) + D / s
-    learned feed-forward        D / s + D / t in fp32 (input of the gate) + 2 k (D + F) / t + D / s,
-                                and 3 numbers in fp32 for each expert
+    hard-routed feed-forward    D / s + D + F / t (before the activation) + D / s
+    learned feed-forward        D / s + D / t in fp32 (input of the gate) + k (2 D + F) / t + D / s,
+                                and its logits in fp32
     block of the decoder        as hard-routed, without what LayerScale multiplies
     checkpointed block          D / s, its input; and all of one block at a time
 
-Sum for a hard-routed block on one device: 11 D + 2 F.
+Sum for a hard-routed block on one device: 11 D + F.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from eve.config import Model
 from eve.planning.layout import Layout, Pass, routed_blocks
 from eve.planning.weights import Weights
+from kernels.chunked_linear import MAX_LOGIT_BYTES
 
 REDUCE_BUCKET = 50_000_000
 # What the engine itself reduces at once.
@@ -100,14 +101,14 @@ def block_numbers(width: int, hidden: int, layout: Layout, *, k: int = 0, gains:
     between = width / (t if layout.sequence else 1)
     attention = between + width + 5 * width / t
     if k:
-        feed_forward = between + 4 / layout.item * width / t + 2 * k * (width + hidden) / t
+        feed_forward = between + 4 / layout.item * width / t + k * (2 * width + hidden) / t
     else:
-        feed_forward = between + width + 2 * hidden / t
+        feed_forward = between + width + hidden / t
     return attention + feed_forward + (2 * between if gains else 0)
 
 
 def pass_bytes(model: Model, layout: Layout, one: Pass) -> tuple[float, float]:
-    """(activations, logits) at the end of the forward of a pass; logits with their gradient."""
+    """(activations, what the text loss has of logits) at the end of the forward of a pass."""
     item, tokens, width = layout.item, one.num_tokens, model.width
     between = width / (layout.tensor if layout.sequence else 1)
     learned = set(routed_blocks(model))
@@ -116,7 +117,7 @@ def pass_bytes(model: Model, layout: Layout, one: Pass) -> tuple[float, float]:
         config = model.feed_forward_of(block)
         k = config.k if block in learned else 0
         numbers = block_numbers(width, model.hidden, layout, k=k, gains=model.layer_scale is not None)
-        size = tokens * (item * numbers + (12 * config.num_experts if k else 0))
+        size = tokens * (item * numbers + (4 * config.num_experts if k else 0))
         largest = max(largest, size)
         total += tokens * between * item if layout.checkpointing else size
     if layout.checkpointing:
@@ -135,8 +136,10 @@ def pass_bytes(model: Model, layout: Layout, one: Pass) -> tuple[float, float]:
         total += masked * (narrow * item + 3 * model.patch_size**2 * 4)
     words = one.num_masked_words
     total += 4 * words * width * item
-    # Logits, in fp32, and their softmax; then its gradient in their place.
-    return total, words * model.vocab_size / layout.tensor * (8 + item)
+    # A chunk of the logits, whose gradient takes their place; of several the sum of the word table's gradient.
+    vocabulary = model.vocab_size / layout.tensor
+    logits, limit = words * vocabulary * item, MAX_LOGIT_BYTES["cuda"]
+    return total, logits if logits <= limit else limit + 4 * vocabulary * width
 
 
 def memory_of(
