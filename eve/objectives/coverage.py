@@ -7,16 +7,14 @@ weights would shrink it all the same (AdamW under ZeRO).
 from __future__ import annotations
 
 import re
-from typing import Literal
 
 from eve.config import Model, Stream
 
 _BLOCK = re.compile(r"^encoder\.blocks\.(\d+)\.(.*)$")
-Kind = Literal["pair", "image", "text"]
 
 
-def uses(stream: Stream, kind: Kind, model: Model, name: str) -> bool:
-    """Whether a parameter of that name takes part in the stream's loss on samples of that kind.
+def uses(stream: Stream, kind: str, model: Model, name: str) -> bool:
+    """Whether a parameter of that name takes part in the stream's loss on samples of a kind (pair, image, text).
 
     It may still get a gradient of zeros: in the last block, of tokens from which nothing is predicted.
     """
@@ -39,7 +37,7 @@ def uses(stream: Stream, kind: Kind, model: Model, name: str) -> bool:
     }[head]
 
 
-def _in_encoder(stream: Stream, kind: Kind, model: Model, name: str) -> bool:
+def _in_encoder(stream: Stream, kind: str, model: Model, name: str) -> bool:
     image, text = kind != "text", kind != "image"
     if name == "encoder.image_embedding.mask_token":
         return image and stream.image_input == "mask_token" and not stream.is_pooled

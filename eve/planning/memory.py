@@ -136,7 +136,7 @@ def pass_bytes(model: Model, layout: Layout, one: Pass) -> tuple[float, float]:
         total += masked * (narrow * item + 3 * model.patch_size**2 * 4)
     words = one.num_masked_words
     total += 4 * words * width * item
-    # A chunk of the logits, whose gradient takes their place; of several the sum of the word table's gradient.
+    # A chunk of the logits, whose gradient takes their place; of several the sum of the table's gradient.
     vocabulary = model.vocab_size / layout.tensor
     logits, limit = words * vocabulary * item, MAX_LOGIT_BYTES["cuda"]
     return total, logits if logits <= limit else limit + 4 * vocabulary * width
