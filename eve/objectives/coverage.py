@@ -14,7 +14,7 @@ _BLOCK = re.compile(r"^encoder\.blocks\.(\d+)\.(.*)$")
 
 
 def uses(stream: Stream, kind: str, model: Model, name: str) -> bool:
-    """Whether a parameter of that name takes part in the stream's loss on samples of a kind (pair, image, text).
+    """Whether a parameter takes part in the stream's loss on samples of a kind: pair, image or text.
 
     It may still get a gradient of zeros: in the last block, of tokens from which nothing is predicted.
     """
