@@ -164,7 +164,12 @@ def plan_step(tree: dict[str, Any], recipe: Recipe, stage: Stage, num_shares: in
             raise UserError(
                 f"stream {stream.name} of stage {stage.name} compares all {share * num_shares} samples of a "
                 f"step, but the micro-batch {micro_batch} is less than the {share} of each of {readers}; "
-                f"take more processes, or pool: micro_batch, which compares {micro_batch * num_shares}"
+                "give training.micro_batch_size that, take more processes, or pool: micro_batch, which compares "
+                f"{micro_batch * num_shares}"
+            )
+        if stream.is_pooled and num_shares * (micro_batch or share) < 2:
+            raise UserError(
+                f"stream {stream.name} of stage {stage.name} has nothing to compare: a pass is of one sample"
             )
     return StepPlan(shares, {source: micro_batch or share for source, share in shares.items()})
 

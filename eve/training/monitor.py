@@ -172,7 +172,13 @@ def console_line(
 ) -> str:
     """`step 40/2,000 2% | masked_image 0.91 ... | lr 4.0e-04 grad 1.2 | 88 pairs/s ... | ETA 5:40`."""
     parts = [f"step {step:>{len(f'{total_steps:,}')},}/{total_steps:,} {100 * step // total_steps:>3}%"]
-    losses = {name.removeprefix("loss/"): v for name, v in metrics.items() if name.startswith("loss/")}
+    # `loss/STREAM`, or `PART_loss/STREAM` of a stream with several.
+    losses = {
+        " ".join([stream, part.removesuffix("_loss")] if part != "loss" else [stream]): value
+        for name, value in metrics.items()
+        for part, _, stream in [name.partition("/")]
+        if part == "loss" or part.endswith("_loss")
+    }
     if losses:
         parts.append(" ".join(f"{name} {value:.4f}" for name, value in losses.items()))
     optimizer = []
