@@ -164,8 +164,8 @@ def plan_step(tree: dict[str, Any], recipe: Recipe, stage: Stage, num_shares: in
             raise UserError(
                 f"stream {stream.name} of stage {stage.name} compares all {share * num_shares} samples of a "
                 f"step, but the micro-batch {micro_batch} is less than the {share} of each of {readers}; "
-                "give training.micro_batch_size that, take more processes, or pool: micro_batch, which compares "
-                f"{micro_batch * num_shares}"
+                "give training.micro_batch_size that, take more processes, or pool: micro_batch, which "
+                f"compares {micro_batch * num_shares}"
             )
         if stream.is_pooled and num_shares * (micro_batch or share) < 2:
             raise UserError(

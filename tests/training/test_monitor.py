@@ -155,8 +155,8 @@ def test_console_line_names_losses_speed_and_remaining_time():
     timing = {"pairs_per_second": 88.0, "step_seconds": 0.5, "data_seconds": 0.1, "mfu": 0.25}
     line = console_line(50, 2000, metrics, timing, 307.0)
     assert line == (
-        "step    50/2,000   2% | masked_image 0.5000 masked_text 2.0000 pairs contrast 3.0000 | lr 1.00e-03 grad 1.5 | "
-        "88.0 pairs/s MFU 25.0% | data 20.0% | ETA 5:07"
+        "step    50/2,000   2% | masked_image 0.5000 masked_text 2.0000 pairs contrast 3.0000 | "
+        "lr 1.00e-03 grad 1.5 | 88.0 pairs/s MFU 25.0% | data 20.0% | ETA 5:07"
     )
 
 
