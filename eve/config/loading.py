@@ -44,7 +44,7 @@ def parse_recipe(tree: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: {_sentence(error)}") from None
+        raise UserError(f"{where}: {sentence(error, Recipe)}") from None
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -76,12 +76,13 @@ def _index(node: list[Any], part: str, key: str) -> int:
     return int(part)
 
 
-def _sentence(error: ValidationError) -> str:
-    """The first mistake of a validation as one sentence, with the nearest known key for an unknown one."""
+def sentence(error: ValidationError, root: type[Section]) -> str:
+    """The first mistake of a validation of `root` as one sentence, with the nearest known key for an unknown
+    one."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = _keys_at(first["loc"][:-1])
+        known = _keys_at(first["loc"][:-1], root)
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key {where}; {hint}"
@@ -93,9 +94,9 @@ def _sentence(error: ValidationError) -> str:
     return f"{where} is {first['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _keys_at(location: tuple[Any, ...]) -> list[str]:
+def _keys_at(location: tuple[Any, ...], root: type[Section]) -> list[str]:
     """Field names of the section at a place of the tree, by walking the annotations."""
-    section: Any = Recipe
+    section: Any = root
     for part in location:
         if isinstance(part, int) or not hasattr(section, "model_fields") or part not in section.model_fields:
             continue

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eve.errors import UserError
-from eve.tasks.statistics import Interval
+from eve.tasks.statistics import Interval, Spread
 
-Value = float | int | str | Interval | None
+Value = float | int | str | Interval | Spread | None
 
 SUFFIXES = (".md", ".json")
 
@@ -26,14 +26,29 @@ class Table:
 
 
 def shown(value: Value) -> str:
-    """Four decimals, integers in full, an interval as `0.1234 [0.1100, 0.1300]`."""
+    """Four decimals, integers in full, an interval as `0.1234 [0.1100, 0.1300]`.
+
+    A number of several seeds as mean ± deviation; differences as mean, least and greatest, with * where all
+    seeds agree: `+0.0123 [+0.0100, +0.0150]*`.
+    """
     if value is None:
         return "-"
     if isinstance(value, Interval):
         return f"{value.value:z.4f} [{value.low:z.4f}, {value.high:z.4f}]"
+    if isinstance(value, Spread):
+        return _shown_spread(value)
     if isinstance(value, float):
         return f"{value:z.4f}"
     return str(value)
+
+
+def _shown_spread(spread: Spread) -> str:
+    values = spread.by_seed.values()
+    if spread.compared:
+        mark = "*" if spread.agrees else ""
+        return f"{spread.mean:+z.4f} [{min(values):+z.4f}, {max(values):+z.4f}]{mark}"
+    deviation = spread.deviation
+    return f"{spread.mean:z.4f}" + ("" if deviation is None else f" ± {deviation:z.4f}")
 
 
 def to_text(table: Table) -> str:
@@ -67,9 +82,12 @@ def to_markdown(table: Table) -> str:
 
 
 def to_json(tables: Sequence[Table]) -> str:
-    """A list of tables; an interval is [value, low, high], numbers in full."""
+    """A list of tables; an interval is [value, low, high], a spread has all seeds; numbers in full."""
 
     def plain(value: Value) -> object:
+        if isinstance(value, Spread):
+            deviation = {} if value.compared else {"deviation": value.deviation}
+            return {"mean": value.mean, **deviation, "by_seed": dict(value.by_seed)}
         return [value.value, value.low, value.high] if isinstance(value, Interval) else value
 
     return json.dumps(

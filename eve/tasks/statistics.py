@@ -5,7 +5,7 @@ Shape suffixes: B sample (the unit that is resampled), K masked word, R resample
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,29 @@ class Interval:
     value: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number of several seeds. `compared`: of paired differences, seed by seed."""
+
+    by_seed: Mapping[int, float]
+    compared: bool = False
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(list(self.by_seed.values())))
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation with n - 1; None of one seed."""
+        return float(np.std(list(self.by_seed.values()), ddof=1)) if len(self.by_seed) > 1 else None
+
+    @property
+    def agrees(self) -> bool:
+        """All seeds, two at least, have one sign."""
+        values = self.by_seed.values()
+        return len(values) > 1 and (min(values) > 0 or max(values) < 0)
 
 
 def bootstrap_ratio(

@@ -1,0 +1,110 @@
+"""Tables of a comparison, read from what its runs left behind."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eve.errors import UserError
+from eve.model import count_parameters
+from eve.tasks.report import Table, Value
+from eve.tasks.statistics import Spread
+from tools.comparisons.definition import Comparison, Measure
+from tools.comparisons.runs import SeedRun, measures_of, read_metrics
+
+
+def result_tables(comparison: Comparison, runs: Sequence[SeedRun], jobs: int) -> list[Table]:
+    """What was measured of the runs that are there, and how they differ from the first variant's.
+
+    Raises UserError where a measure names what an evaluation does not hold.
+    """
+    by_variant: dict[str, list[SeedRun]] = {name: [] for name in comparison.variants}
+    for run in runs:
+        if run.is_trained():
+            by_variant[run.variant.name].append(run)
+    spreads = {
+        name: {measure.name: _spread(measure, some) for measure in comparison.measures}
+        for name, some in by_variant.items()
+    }
+    names = [measure.name for measure in comparison.measures]
+    columns = ["variant", *names, "seeds", "parameters", "steps", "seconds per step"]
+    rows: list[list[Value]] = []
+    for name, some in by_variant.items():
+        values: list[Value] = [spreads[name][measure] or None for measure in names]
+        rows.append([name, *values, len(some), *_about(some)])
+    note = "Mean ± standard deviation (n - 1) over the seeds. Seconds per step: median of the runs' log"
+    note += f", {jobs} runs side by side." if jobs > 1 else "."
+    notes = [comparison.note, note] if comparison.note else [note]
+    first = next(iter(by_variant))
+    tables = [Table(comparison.title, columns, rows, notes)]
+    if len(by_variant) > 1:
+        changes: list[list[Value]] = [
+            [name, *(difference(spreads[name][m], spreads[first][m]) for m in names)]
+            for name in by_variant
+            if name != first
+        ]
+        notes = ["Mean of the differences seed by seed [least, greatest]. *: all seeds have one sign."]
+        tables.append(Table(f"Difference to {first}", ["variant", *names], changes, notes))
+    return tables
+
+
+def difference(spread: Spread | None, base: Spread | None) -> Spread | None:
+    """Seed by seed, of those that both have."""
+    if spread is None or base is None:
+        return None
+    changes = {
+        seed: value - base.by_seed[seed] for seed, value in spread.by_seed.items() if seed in base.by_seed
+    }
+    return Spread(changes, compared=True) if changes else None
+
+
+def _spread(measure: Measure, runs: Sequence[SeedRun]) -> Spread | None:
+    found: dict[int, float] = {}
+    for run in runs:
+        path = run.evaluation(measure.task, measure.stage)
+        if measures_of(run, [measure]) and path.is_file():
+            found[run.seed] = read_measure(measure, path)
+    return Spread(dict(sorted(found.items()))) if found else None
+
+
+def read_measure(measure: Measure, path: Path) -> float:
+    """Mean over the cells. Raises UserError where table, column or cell is not in the file or is no number."""
+    tables: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    where = f"measure '{measure.name}' in {path}"
+    table = next((each for each in tables if each["title"].startswith(measure.table) and each["rows"]), None)
+    if table is None:
+        titles = ", ".join(repr(each["title"]) for each in tables)
+        raise UserError(f"{where}: no table with rows begins with '{measure.table}'; there are {titles}")
+    rows: list[dict[str, Any]] = table["rows"]
+    columns = list(rows[0])
+    column = next((name for name in columns[1:] if name.startswith(measure.column)), None)
+    if column is None:
+        raise UserError(f"{where}: no column begins with '{measure.column}', only {', '.join(columns[1:])}")
+    of_cell = {row[columns[0]]: row[column] for row in rows}
+    values = []
+    for cell in measure.cells if measure.cells is not None else of_cell:
+        if cell not in of_cell:
+            raise UserError(f"{where}: no cell '{cell}', only {', '.join(map(str, of_cell))}")
+        value = of_cell[cell]
+        value = value[0] if isinstance(value, list) else value  # of an interval
+        if not isinstance(value, int | float):
+            raise UserError(f"{where}: {column} of {cell} is {value!r}, not a number")
+        values.append(float(value))
+    return statistics.fmean(values)
+
+
+def _about(runs: Sequence[SeedRun]) -> list[Value]:
+    """[parameters, steps, seconds per step] of the runs of a variant."""
+    if not runs:
+        return [None, None, None]
+    seconds = [
+        line["time/step_seconds"]
+        for run in runs
+        for line in read_metrics(run.directory)
+        if line.get("time/step_seconds") is not None
+    ]
+    parameters = count_parameters(runs[0].recipe.model).total
+    return [parameters, runs[0].steps, statistics.median(seconds) if seconds else None]
