@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from eve.config import Model, Recipe, Stage
+from eve.config import Model, Recipe, Stage, Stream
 from eve.errors import UserError
 from eve.objectives.masking import num_masked_patches
 from eve.parallel.topology import check_degrees
@@ -91,12 +91,15 @@ class Layout:
 
 @dataclass(frozen=True)
 class Pass:
-    """Forward and backward of one stream on one tensor group, `times` a step.
+    """Forward and backward of packed samples through the encoder on one tensor group, `times` a step.
 
     Attributes:
-        samples: of the micro-batch. num_visible: patches of each that enter the encoder; 0 is no image.
-        text_length: tokens of each text; 0 is no text.
-        num_masked_patches: of each sample, predicted by the decoder. num_masked_words: of the whole pass.
+        samples: of the pass: the micro-batch, three times that for matching. num_visible: patches of each
+            that enter the encoder; 0 is no image. text_length: tokens of each text; 0 is no text.
+        num_masked_patches: of each sample, predicted by the decoder. mask_tokens: they stand in the encoder,
+            and are among `num_visible`. num_masked_words, num_masked_codes: of the whole pass.
+        both_paths: the blocks from the first expert for pairs on run twice (VLMo's contrast).
+        joins: has one backward with the pass before, whose activations are still held.
     """
 
     stream: str
@@ -106,6 +109,10 @@ class Pass:
     text_length: int
     num_masked_patches: int
     num_masked_words: int
+    mask_tokens: bool = False
+    num_masked_codes: int = 0
+    both_paths: bool = False
+    joins: bool = False
 
     @property
     def num_image(self) -> int:
@@ -124,7 +131,13 @@ class Pass:
     def num_decoder_tokens(self) -> int:
         if not self.num_masked_patches:
             return 0
-        return self.samples * (1 + self.num_visible + self.num_masked_patches)
+        masked = 0 if self.mask_tokens else self.num_masked_patches
+        return self.samples * (1 + self.num_visible + masked)
+
+    def blocks(self, model: Model) -> list[int]:
+        """Blocks that the tokens pass, in their order."""
+        again = range(model.first_fusion, model.depth) if self.both_paths else ()
+        return [*range(model.depth), *again]
 
 
 def recipe_for(layout: Layout, recipe: Recipe, stage: Stage) -> Recipe:
@@ -163,31 +176,55 @@ def _ds_tree(name: str) -> dict[str, Any]:
 
 
 def passes_of(layout: Layout, recipe: Recipe, stage: Stage, text_length: float) -> list[Pass]:
-    """One entry for each stream. `text_length`: mean tokens of a text, [CLS] and [SEP] included."""
+    """Those of all streams. `text_length`: mean tokens of a text, [CLS] and [SEP] included."""
     passes = []
     for stream in stage.streams:
-        source = recipe.data.sources[stream.source]
-        objective, model = stream.objective, recipe.model
-        text = round(min(text_length, model.max_text_length)) if source.kind != "image" else 0
-        visible = model.num_patches if source.kind != "text" else 0
-        masked = 0
-        if objective in IMAGE_OBJECTIVES and stream.image_input == "visible":
-            masked = num_masked_patches(visible, stream.image_ratio)
-        words = 0
-        if objective in TEXT_OBJECTIVES:
-            words = max(1, round(stream.text_ratio * max(0, text - 2)))
-        passes.append(
-            Pass(
-                stream=stream.name,
-                times=source.batch_size // layout.data // layout.micro_batch,
-                samples=layout.micro_batch,
-                num_visible=visible - masked,
-                text_length=text,
-                num_masked_patches=masked,
-                num_masked_words=layout.micro_batch * words,
-            )
+        source, model = recipe.data.sources[stream.source], recipe.model
+        whole = Pass(
+            stream=stream.name,
+            times=source.batch_size // layout.data // layout.micro_batch,
+            samples=layout.micro_batch,
+            num_visible=model.num_patches if source.kind != "text" else 0,
+            text_length=round(min(text_length, model.max_text_length)) if source.kind != "image" else 0,
+            num_masked_patches=0,
+            num_masked_words=0,
         )
+        passes += _compared(whole, stream, model) if stream.is_pooled else [_masked(whole, stream)]
     return passes
+
+
+def _masked(whole: Pass, stream: Stream) -> Pass:
+    masked = words = 0
+    if stream.objective in IMAGE_OBJECTIVES:
+        masked = num_masked_patches(whole.num_visible, stream.image_ratio)
+    if stream.objective in TEXT_OBJECTIVES:
+        words = max(1, round(stream.text_ratio * max(0, whole.text_length - 2)))
+    inside, codes = stream.image_input == "mask_token", stream.image_target == "codes"
+    return replace(
+        whole,
+        num_visible=whole.num_visible - (0 if inside else masked),
+        num_masked_patches=0 if codes else masked,
+        num_masked_words=whole.samples * words,
+        mask_tokens=inside,
+        num_masked_codes=whole.samples * masked if codes else 0,
+    )
+
+
+def _compared(whole: Pass, stream: Stream, model: Model) -> list[Pass]:
+    """Contrast encodes images and texts alone; matching three fused pairs of each."""
+    passes = []
+    if "contrast" in stream.objective:
+        both = model.contrast is not None and "fusion" in model.contrast.paths
+        passes.append(replace(whole, text_length=0, both_paths=both))
+        passes.append(replace(whole, num_visible=0, both_paths=both, joins=True))
+    if "matching" in stream.objective:
+        passes.append(replace(whole, samples=3 * whole.samples, joins=bool(passes)))
+    return passes
+
+
+def num_backwards(passes: list[Pass]) -> int:
+    """Of a step."""
+    return sum(one.times for one in passes if not one.joins)
 
 
 def routed_blocks(model: Model) -> list[int]:

@@ -113,7 +113,7 @@ def pass_bytes(model: Model, layout: Layout, one: Pass) -> tuple[float, float]:
     between = width / (layout.tensor if layout.sequence else 1)
     learned = set(routed_blocks(model))
     total = largest = 0.0
-    for block in range(model.depth):
+    for block in one.blocks(model):
         config = model.feed_forward_of(block)
         k = config.k if block in learned else 0
         numbers = block_numbers(width, model.hidden, layout, k=k, gains=model.layer_scale is not None)
@@ -134,12 +134,26 @@ def pass_bytes(model: Model, layout: Layout, one: Pass) -> tuple[float, float]:
         total += item * tokens * width
         masked = one.samples * one.num_masked_patches
         total += masked * (narrow * item + 3 * model.patch_size**2 * 4)
-    words = one.num_masked_words
-    total += 4 * words * width * item
-    # A chunk of the logits, whose gradient takes their place; of several the sum of the table's gradient.
-    vocabulary = model.vocab_size / layout.tensor
-    logits, limit = words * vocabulary * item, MAX_LOGIT_BYTES["cuda"]
-    return total, logits if logits <= limit else limit + 4 * vocabulary * width
+    words, codes = one.num_masked_words, one.num_masked_codes
+    total += 4 * words * width * item + codes * width * item
+    logits = logit_bytes(layout, words, model.vocab_size / layout.tensor, width)
+    return total, logits + logit_bytes(layout, codes, model.visual_codes or 0, width)
+
+
+def logit_bytes(layout: Layout, rows: int, classes: float, width: int) -> float:
+    """A chunk of the logits, whose gradient takes their place; of several the sum of the table's gradient."""
+    logits, limit = rows * classes * layout.item, MAX_LOGIT_BYTES["cuda"]
+    return logits if logits <= limit else limit + 4 * classes * width
+
+
+def held_bytes(model: Model, layout: Layout, passes: list[Pass]) -> list[tuple[float, float]]:
+    """`pass_bytes` before each backward, of all passes that it goes through."""
+    held: list[tuple[float, float]] = []
+    for one in passes:
+        activations, logits = pass_bytes(model, layout, one)
+        before = held.pop() if one.joins else (0.0, 0.0)
+        held.append((before[0] + activations, before[1] + logits))
+    return held
 
 
 def memory_of(
@@ -148,7 +162,7 @@ def memory_of(
     """`reserve`: CUDA context, NCCL's buffers; a tenth of the activations is added for fragmentation."""
     dense = state_bytes(layout, weights.dense, weights.largest, len(layout.data_group))
     experts = state_bytes(layout, weights.experts, weights.largest_expert, len(layout.copies_of_an_expert))
-    activations, logits = max((pass_bytes(model, layout, one) for one in passes), key=sum)
+    activations, logits = max(held_bytes(model, layout, passes), key=sum)
     gathered = layout.item * min(MAX_LIVE, weights.learning) if layout.zero_stage == 3 else 0
     return Memory(
         weights=dense[0] + layout.item * weights.frozen,

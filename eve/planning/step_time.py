@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from eve.config import Model
 from eve.errors import UserError
-from eve.planning.layout import Layout, Pass
+from eve.planning.layout import Layout, Pass, num_backwards
 from eve.planning.traffic import Transfer
 from eve.planning.weights import Weights
-from eve.training.flops import forward_flops, peak_flops
+from eve.training.flops import blocks_flops, forward_flops, peak_flops
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,12 @@ def pass_flops(model: Model, layout: Layout, one: Pass) -> tuple[float, float]:
         text_lengths=[one.text_length] * one.samples,
         num_masked_patches=one.num_masked_patches,
         num_masked_words=one.num_masked_words,
+        mask_tokens=one.mask_tokens,
+        num_masked_codes=one.num_masked_codes,
     )
+    if one.both_paths:
+        lengths = [one.num_tokens // one.samples] * one.samples
+        parts["blocks"] += blocks_flops(model, lengths, range(model.first_fusion, model.depth))
     forward = sum(parts.values())
     return 3 * forward, 3 * forward + (parts["blocks"] if layout.checkpointing else 0)
 
@@ -138,7 +143,7 @@ def step_time(
     computing = total_model = total_hardware = 0.0
     for one in passes:
         model_flops, hardware_flops = pass_flops(model, layout, one)
-        blocks = 3 * model.depth + (model.depth if layout.checkpointing else 0)
+        blocks = len(one.blocks(model)) * (4 if layout.checkpointing else 3)
         if one.num_masked_patches and model.decoder:
             blocks += 3 * model.decoder.depth
         launches = blocks * given.kernels * given.launch
@@ -146,9 +151,9 @@ def step_time(
         computing += one.times * max(rank_flops / (gpu.peak * given.mfu), launches)
         total_model += one.times * model_flops / layout.tensor
         total_hardware += one.times * rank_flops
-    num_passes = sum(one.times for one in passes)
-    # A gradient is read and added to the accumulated one (10 bytes a number and pass), copied to a bucket and
-    # scaled (16), and the optimizer reads and writes weight, moments and gradient of its part (30).
+    num_passes = num_backwards(passes)
+    # A gradient is read and added to the accumulated one (10 bytes a number and backward), copied to a bucket
+    # and scaled (16), and the optimizer reads and writes weight, moments and gradient of its part (30).
     parts = weights.dense / len(layout.data_group) + weights.experts / len(layout.copies_of_an_expert)
     if layout.zero_stage == 0:
         parts = weights.learning

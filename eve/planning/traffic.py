@@ -44,7 +44,8 @@ Expert parallelism (x ranks, each with T / t tokens, k of E experts a token), ea
             k (x - 1) / x the mean number of other ranks that it needs, (x - 1) (1 - C(E - E/x, k) / C(E, k))
     counts  all-to-all of 8 E
 
-Left out: scalars (norm, overflow, units of the loss), which cost latency and no bytes.
+Left out: scalars (norm, overflow, units of the loss), which cost latency and no bytes; and what contrast and
+matching exchange: projections of the pool, and an image of bytes for each negative of another rank.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ import math
 from dataclasses import dataclass
 
 from eve.config import Model
-from eve.planning.layout import Layout, Pass, routed_blocks
+from eve.planning.layout import Layout, Pass, num_backwards, routed_blocks
 from eve.planning.weights import Weights
 
 FACTOR = {"all_reduce": 2, "reduce": 1, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
@@ -115,7 +116,7 @@ def transfers(model: Model, layout: Layout, weights: Weights, passes: list[Pass]
 
 def _averages(layout: Layout, weights: Weights, passes: list[Pass]) -> list[Transfer]:
     item, stage, found = layout.item, layout.zero_stage, []
-    num_passes = sum(one.times for one in passes)
+    num_passes, num_reduced = sum(one.times for one in passes), num_backwards(passes)
     for numbers, ranks in (
         (weights.dense, layout.data_group),
         (weights.experts, layout.copies_of_an_expert),
@@ -123,10 +124,11 @@ def _averages(layout: Layout, weights: Weights, passes: list[Pass]) -> list[Tran
         n = len(ranks)
         part = (n - 1) / n
         dense = numbers == weights.dense and ranks == layout.data_group
-        # Numbers that all passes of a step use, and how many gradients of them are reduced.
-        used = numbers * num_passes
+        # Numbers that all passes of a step use, and those whose gradients are reduced.
+        used, reduced = numbers * num_passes, numbers * num_reduced
         if dense:
             used = sum(one.times * weights.dense_of[one.stream] for one in passes)
+            reduced = sum(one.times * weights.dense_of[one.stream] for one in passes if not one.joins)
         if stage == 3:
             found.append(Transfer("gradients", "reduce_scatter", ranks, layout.host, 4 * numbers, 1, None))
             gathered = item * used * 2
@@ -136,8 +138,8 @@ def _averages(layout: Layout, weights: Weights, passes: list[Pass]) -> list[Tran
                 )
             )
             continue
-        reduced = used if stage == 2 else numbers
-        count = num_passes if stage == 2 else 1
+        reduced = reduced if stage == 2 else numbers
+        count = num_reduced if stage == 2 else 1
         least = None if stage == 0 else part * 4 * numbers
         kind = "reduce" if layout.reduces_to_owners else "all_reduce"
         found.append(Transfer("gradients", kind, ranks, layout.host, 4 * reduced, count, least))
@@ -153,15 +155,14 @@ def _tensor(model: Model, layout: Layout, weights: Weights, passes: list[Pass]) 
     learned = routed_blocks(model)
     for one in passes:
         wide = one.num_tokens * model.width * item
-        cut = 2 * model.depth - len(learned)  # sublayers of the encoder with cut weights
+        routed = [block for block in one.blocks(model) if block in learned]
+        cut = 2 * len(one.blocks(model)) - len(routed)  # sublayers of the encoder with cut weights
         # The recomputation of a block ends where its last result would only be added.
         added = [
-            block
-            for block in range(model.depth)
-            if model.layer_scale is None and model.drop_path * block == 0
+            block for block in one.blocks(model) if model.layer_scale is None and model.drop_path * block == 0
         ]
-        again = cut - len(set(added) - set(learned)) if layout.checkpointing else 0
-        routed_again = len(set(learned) - set(added)) if layout.checkpointing else 0
+        again = cut - len([b for b in added if b not in learned]) if layout.checkpointing else 0
+        routed_again = len([b for b in routed if b not in added]) if layout.checkpointing else 0
         narrow, cut_of_decoder = 0.0, 0
         if one.num_decoder_tokens:
             assert model.decoder is not None
@@ -178,14 +179,14 @@ def _tensor(model: Model, layout: Layout, weights: Weights, passes: list[Pass]) 
             ]
         else:
             size, count = size + wide * again, count + again
-            routed = 2 * len(learned) + routed_again
+            gathers = 2 * len(routed) + routed_again
             parts += [
                 ("all_reduce", size * one.times, count * one.times),
-                ("all_gather", wide * routed * one.times, routed * one.times),
+                ("all_gather", wide * gathers * one.times, gathers * one.times),
             ]
         forwards = 2 if layout.checkpointing else 1
-        logits = sum(4 * one.num_tokens * model.feed_forward_of(block).num_experts for block in learned)
-        parts.append(("all_gather", logits * forwards * one.times, len(learned) * forwards * one.times))
+        logits = sum(4 * one.num_tokens * model.feed_forward_of(block).num_experts for block in routed)
+        parts.append(("all_gather", logits * forwards * one.times, len(routed) * forwards * one.times))
         words, times = one.num_masked_words, one.times
         parts.append(("all_reduce", one.num_text * model.width * item * times, times))
         if words:
@@ -197,7 +198,7 @@ def _tensor(model: Model, layout: Layout, weights: Weights, passes: list[Pass]) 
     for kind in ("all_reduce", "all_gather", "reduce_scatter"):
         size = sum(part[1] for part in parts if part[0] == kind)
         found.append(Transfer("tensor", kind, group, host, size, sum(p[2] for p in parts if p[0] == kind)))
-    num_passes = sum(one.times for one in passes)
+    num_passes = num_backwards(passes)
     once = 2 * (layout.tensor - 1) / layout.tensor * 4 * weights.partial
     found.append(
         Transfer(
@@ -227,6 +228,7 @@ def _experts(model: Model, layout: Layout, passes: list[Pass]) -> list[Transfer]
             / math.comb(config.num_experts, config.k)
         )
         for one in passes:
+            calls = one.times * one.blocks(model).count(block)
             row = model.width * layout.item
             tokens = one.num_tokens / layout.tensor
             rows = exchanges * tokens * config.k * row
@@ -238,9 +240,9 @@ def _experts(model: Model, layout: Layout, passes: list[Pass]) -> list[Transfer]
                     "all_to_all",
                     layout.expert_group,
                     layout.host,
-                    size * one.times,
-                    (exchanges + forwards) * one.times,
-                    least * one.times,
+                    size * calls,
+                    (exchanges + forwards) * calls,
+                    least * calls,
                 )
             )
     return found

@@ -121,7 +121,7 @@ def _pair_flops(model: Model, stream: Stream, batch: Batch) -> dict[str, int]:
         if "fusion" in model.contrast.paths:
             again = range(model.first_fusion, model.depth)
             for lengths in ([1 + model.num_patches] * size, texts):
-                parts["blocks"] += _blocks_flops(model, lengths, again)
+                parts["blocks"] += blocks_flops(model, lengths, again)
     if model.matching is not None and "matching" in stream.objective:
         add(model.num_patches, [*texts, *texts, *texts])
         pooler = width * width if model.matching.pooler else 0
@@ -154,7 +154,7 @@ def forward_flops(
     pixels, width = 3 * model.patch_size**2, model.width
     num_image = 1 + num_visible if num_visible else 0
     lengths = [num_image + text for text in text_lengths]
-    blocks = _blocks_flops(model, lengths, range(model.depth))
+    blocks = blocks_flops(model, lengths, range(model.depth))
     decoder = 0
     if num_masked_patches:
         assert model.decoder is not None
@@ -178,7 +178,8 @@ def forward_flops(
     }
 
 
-def _blocks_flops(model: Model, lengths: Sequence[int], blocks: range) -> int:
+def blocks_flops(model: Model, lengths: Sequence[int], blocks: range) -> int:
+    """Forward of samples of so many tokens through these blocks of the encoder."""
     attention = _attention_flops(model.width, lengths)
     return sum(sum(lengths) * _token_flops(model, block) + attention for block in blocks)
 

@@ -14,7 +14,7 @@ from eve.model.attention import Attention
 from eve.model.layers import Layers
 from eve.model.model import VisionLanguageModel
 from eve.planning.layout import Layout, Pass, passes_of
-from eve.planning.memory import Memory, block_numbers, memory_of, pass_bytes
+from eve.planning.memory import Memory, block_numbers, held_bytes, memory_of, pass_bytes
 from eve.planning.weights import ModelWeights
 from tests.planning.measure import (
     bytes_kept_for_the_backward,
@@ -111,6 +111,22 @@ def test_activations_are_what_autograd_saves(stream: str, tiny: Path) -> None:
     expected = expected_of_passes(recipe, layout, 4)[stream]
     samples = equal_samples(recipe, TEXT_LENGTH)
     assert bytes_kept_for_the_backward(recipe, stream, samples) == pytest.approx(expected, rel=0.015)
+
+
+def test_contrast_and_matching_hold_their_passes_together(tiny: Path) -> None:
+    fused = (
+        'model.feed_forward=[{blocks: "0-2", router: modality}, {blocks: 3, router: fusion}]',
+        "model.contrast={width: 64, paths: [modality, fusion]}",
+        "model.matching={}",
+        "stages.0.streams=[{name: pairs, source: pairs, objective: contrast_matching}]",
+    )
+    recipe = tiny_recipe(tiny, *BIG, *fused)
+    layout = layout_of(recipe, 1, "zero0_fp32.json")
+    passes = passes_of(layout, recipe, recipe.stages[0], TEXT_LENGTH)
+    ((activations, logits),) = held_bytes(recipe.model, layout, passes)
+    assert logits == 0
+    measured = bytes_kept_for_the_backward(recipe, "pairs", equal_samples(recipe, TEXT_LENGTH))
+    assert measured == pytest.approx(activations, rel=0.03)
 
 
 @pytest.mark.parametrize("stream", ["masked_image", "masked_text"])
