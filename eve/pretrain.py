@@ -50,6 +50,7 @@ from eve.training.ds_config import (
     state_format,
     zero_stage,
 )
+from eve.training.export import stage_exports
 from eve.training.loop import Run, TrainState
 from eve.training.run_lock import lock_run
 from eve.training.stages import check_experts_backend, check_stage
@@ -266,10 +267,13 @@ def read_state(
 
 
 def check_disk(run_dir: Path, store: CheckpointStore, recipe: Recipe) -> None:
-    """fp32 weights and two moments of each parameter, as often as checkpoints are kept, and once more."""
+    """fp32 weights and two moments of each parameter, as often as checkpoints are kept, and once more; the
+    weights alone of each export, the last of which is one with that of its stage."""
     size = 12 * count_parameters(recipe.model).total
+    stages = stage_exports(run_dir, recipe) if recipe.training.export_stages else []
+    exports = max(1, sum(not directory.exists() for directory in stages))
     existing = sum(directory_size(path) for path in store.completed())
-    need = size * (recipe.training.keep_checkpoints + 1) + size // 3 - existing
+    need = size * (recipe.training.keep_checkpoints + 1) + size // 3 * exports - existing
     place = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free < need:

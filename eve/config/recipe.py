@@ -35,6 +35,8 @@ class Training(Section):
     images_every: int = Field(default=1000, ge=1)
     checkpoint_every: int = Field(default=1000, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+    # A run of several stages keeps the model at the end of each as stages/NUMBER_NAME/.
+    export_stages: bool = True
     # Steps in a row with a loss or gradient norm that is not finite before the run stops; each is skipped.
     max_skipped_steps: int = Field(default=10, ge=0)
 

@@ -33,7 +33,7 @@ from eve.parallel.weights import WeightParts
 from eve.training.checkpoint import CheckpointStore
 from eve.training.ds_config import StepPlan, precision, resolve_ds_config, state_format, zero_stage
 from eve.training.engine import Engine
-from eve.training.export import export_model
+from eve.training.export import export_model, stage_exports
 from eve.training.feed import StepData, StepFeed
 from eve.training.meter import Meter
 from eve.training.monitor import Monitor
@@ -126,13 +126,7 @@ class Run:
                 if not finished:
                     self._say_stopped()
                     return 128 + (self.stop.signal or signal.SIGTERM)
-            if self.state.skipped_steps == self.state.step:
-                raise UserError(
-                    f"none of the {self.state.step} steps was made, as no gradient was finite; "
-                    "there is nothing to export"
-                )
-            assert weights is not None
-            self._export(WeightParts(self.recipe.model, self.topology).gather(weights))
+                self._export(index, weights)
             if self.topology.rank == 0:
                 print(f"finished: {self.run_dir / 'export'}", flush=True)
             return 0
@@ -336,7 +330,32 @@ class Run:
 
         self.store.save(state.step, lambda directory: engine.save(directory, "engine"), write_shared)
 
-    def _export(self, weights: dict[str, Tensor]) -> None:
-        about = {"step": self.state.step}
-        directory = self.run_dir / "export"
-        self.topology.on_rank_0(lambda: export_model(directory, weights, self.recipe, self.tokenizer, about))
+    def _export(self, index: int, held: dict[str, Tensor]) -> None:
+        """The model at the end of a stage, from this process's part of it; after the last as export/ too.
+
+        The checkpoint before it is of the same step and the next one comes after it, so a run that is killed
+        meanwhile comes by here again.
+        """
+        recipe, state = self.recipe, self.state
+        directories = []
+        if recipe.training.export_stages:
+            directories += stage_exports(self.run_dir, recipe)[index : index + 1]
+        if index + 1 == len(recipe.stages):
+            if state.skipped_steps == state.step:
+                raise UserError(
+                    f"none of the {state.step} steps was made, as no gradient was finite; "
+                    "there is nothing to export"
+                )
+            directories.append(self.run_dir / "export")
+        if not directories:
+            return
+        weights = WeightParts(recipe.model, self.topology).gather(held)
+        about = {"step": state.step, "stage": recipe.stages[index].name, "stage_number": index}
+
+        def write() -> None:
+            first, *more = directories
+            export_model(first, weights, recipe, self.tokenizer, about)
+            for directory in more:
+                export_model(directory, weights, recipe, self.tokenizer, about, same_as=first)
+
+        self.topology.on_rank_0(write)

@@ -41,6 +41,7 @@ LAYOUTS = {
     "data 4, expert 2": ("zero2_fp32", ("parallel.expert=2", "training.micro_batch_size=2")),
 }
 WEIGHTS = Path("export", "model.safetensors")
+FIRST_STAGE = Path("stages", "0_first", "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +62,12 @@ def test_a_run_is_that_of_one_process_and_resumes(
     expected = losses(one_process)
     for key, values in losses(run_dir).items():
         np.testing.assert_allclose(values, expected[key], rtol=1e-5, err_msg=key)
-    weights, plain = load_file(run_dir / WEIGHTS), load_file(one_process / WEIGHTS)
-    assert weights.keys() == plain.keys()
-    for key, weight in plain.items():
-        np.testing.assert_allclose(weights[key], weight, atol=1e-5 * float(weight.abs().max()), err_msg=key)
+    for export in (WEIGHTS, FIRST_STAGE):
+        weights, plain = load_file(run_dir / export), load_file(one_process / export)
+        assert weights.keys() == plain.keys()
+        for key, weight in plain.items():
+            limit = 1e-5 * float(weight.abs().max())
+            np.testing.assert_allclose(weights[key], weight, atol=limit, err_msg=key)
     pictures = {path.relative_to(one_process): path for path in (one_process / "samples").rglob("*.png")}
     assert pictures.keys() == {path.relative_to(run_dir) for path in (run_dir / "samples").rglob("*.png")}
     for picture, path in pictures.items():

@@ -13,7 +13,7 @@ from eve import pretrain
 from eve.config import load_recipe
 from eve.errors import UserError
 from eve.training.ds_config import DS_CONFIGS, read_ds_config
-from eve.training.export import load_exported
+from eve.training.export import load_exported, stage_exports
 from eve.training.stages import check_stage, stage_at
 from tests.test_resume import arguments, kill, metrics, run_in_child
 from tests.tiny import tiny_recipe
@@ -64,17 +64,38 @@ def kill_in_the_second_stage(event: str, args: tuple) -> None:
         kill()
 
 
-def kill_at_the_end_of_the_first_stage(event: str, args: tuple) -> None:
-    if event == "os.rename" and "writing-00000006" in str(args[0]):
+def kill_before_the_export_of_the_first_stage(event: str, args: tuple) -> None:
+    """Its last checkpoint is complete, and so is what the export has written under another name."""
+    if event == "os.rename" and ".0_images.writing" in str(args[0]):
         kill()
 
 
-@pytest.mark.parametrize("hook", [kill_in_the_second_stage, kill_at_the_end_of_the_first_stage])
+@pytest.mark.parametrize("hook", [kill_in_the_second_stage, kill_before_the_export_of_the_first_stage])
 def test_resumes_across_stages(hook, tiny: Path, two_stages: Path, tmp_path: Path) -> None:
     argv = arguments(tiny, tmp_path / "run", TWO_STAGES)
     assert run_in_child(hook, argv) == -9
+    made = hook is kill_in_the_second_stage
+    assert (tmp_path / "run" / "stages" / "0_images").is_dir() == made
     assert pretrain.main([*argv, "--resume"]) == 0
     assert metrics(tmp_path / "run") == metrics(two_stages)
+    for export in ("stages/0_images", "stages/1_words", "export"):
+        for name in ("model.safetensors", "metadata.json"):
+            found = (tmp_path / "run" / export / name).read_bytes()
+            assert found == (two_stages / export / name).read_bytes(), (export, name)
+
+
+def test_each_stage_leaves_an_export(tiny: Path, two_stages: Path) -> None:
+    """The weights of the checkpoint of its last step. The last is the run's own, on the disk once."""
+    stages = two_stages / "stages"
+    assert sorted(path.name for path in stages.iterdir()) == ["0_images", "1_words"]
+    exported, saved = load_file(stages / "0_images" / "model.safetensors"), engine_weights(two_stages, 6)
+    assert exported.keys() == saved.keys()
+    assert all(torch.equal(exported[name], saved[name]) for name in saved)
+    about = json.loads((stages / "0_images" / "metadata.json").read_text())
+    assert (about["stage"], about["stage_number"], about["step"]) == ("images", 0, 6)
+    last, own = (path / "model.safetensors" for path in (stages / "1_words", two_stages / "export"))
+    assert last.samefile(own)
+    assert stage_exports(two_stages, tiny_recipe(tiny)) == []
 
 
 def test_a_stage_starts_from_exported_weights(tiny: Path, two_stages: Path, tmp_path: Path) -> None:

@@ -115,8 +115,9 @@ def kill_at_12(event: str, args: tuple) -> None:
 def test_two_processes_have_the_losses_of_one(
     tiny: Path, unbroken: Path, tmp_path: Path, two_ranks: RankPool
 ) -> None:
-    argv = arguments(tiny, tmp_path / "run", *overrides(tiny))
+    argv = arguments(tiny, tmp_path / "run", *overrides(tiny), "training.export_stages=false")
     assert two_ranks.run(pretrain.main, argv) == [0, 0]
+    assert not (tmp_path / "run" / "stages").exists()
     alone, together = (
         [line for line in metrics(path) if "lr" in line] for path in (unbroken, tmp_path / "run")
     )
