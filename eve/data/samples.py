@@ -74,11 +74,7 @@ class SampleMaker:
             text=text,
             metadata=metadata,
         )
-        masks = {
-            stream: masking(sample, generator(self.seed, read.epoch, read.index, "mask", stream))
-            for stream, masking in self.maskings.items()
-        }
-        return replace(sample, masks=masks)
+        return with_masks(sample, self.maskings, self.seed)
 
     def _text(self, raw: RawSample, epoch: int, index: int) -> tuple[str | None, dict]:
         """(the caption of this epoch, metadata).
@@ -97,3 +93,10 @@ class SampleMaker:
         turn, place = divmod(epoch, len(captions))
         order = generator(self.seed, index, "caption", turn).permutation(len(captions))
         return captions[order[place]], metadata
+
+
+def with_masks(sample: Sample, maskings: dict[str, Masking], seed: int) -> Sample:
+    """With masks for these streams alone."""
+    where = (seed, sample.epoch, sample.index, "mask")
+    masks = {stream: masking(sample, generator(*where, stream)) for stream, masking in maskings.items()}
+    return replace(sample, masks=masks)

@@ -10,7 +10,6 @@ Shape suffixes: B sample, N packed text token, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor
 from eve.config import Recipe, Stream
 from eve.data.batch import Sample, collate
 from eve.data.loader import read_samples
-from eve.data.shards import resolve
 from eve.data.tokenizer import Tokenizer
 from eve.errors import UserError
 from eve.model import VisionLanguageModel
@@ -28,11 +26,13 @@ from eve.objectives import build_objective
 from eve.objectives.masked_codes import MaskedCodes
 from eve.objectives.masked_image import MaskedImage
 from eve.objectives.masked_text import MaskedText
+from eve.tasks.checkpoint import Checkpoint
 from eve.tasks.masked_codes import code_tables, measure_codes
 from eve.tasks.masked_pixels import measure_pixels, pixel_tables
 from eve.tasks.masked_words import grounding, measure_words, with_wrong_images, word_tables
 from eve.tasks.probes import LinearProbe, majority_accuracy, nearest_neighbour_probe
 from eve.tasks.report import Table, Value
+from eve.training.export import file_name
 from eve.training.pictures import draw_batch
 
 # Training samples whose features the probes are fitted on.
@@ -40,14 +40,10 @@ PROBE_SAMPLES = 3000
 PICTURES = 8
 
 
-def check(recipe: Recipe, cells: dict[str, str]) -> None:
-    """Raises UserError where there is nothing to evaluate or held-out shards are missing."""
-    if not cells:
-        raise UserError("the recipe names no held-out shards in evaluation.shards; give some with --data")
+def check(recipe: Recipe) -> None:
+    """Raises UserError where there is nothing to evaluate."""
     if not evaluation_streams(recipe):
         raise UserError("no stream of the recipe has a masked objective: there is nothing to evaluate")
-    for shards in cells.values():
-        resolve(shards)
 
 
 def evaluation_streams(recipe: Recipe) -> list[Stream]:
@@ -64,18 +60,10 @@ def evaluation_streams(recipe: Recipe) -> list[Stream]:
     return list(found.values())
 
 
-def evaluate(
-    model: VisionLanguageModel,
-    recipe: Recipe,
-    tokenizer: Tokenizer,
-    cells: dict[str, str],
-    pictures_dir: Path,
-) -> list[Table]:
-    """Measures every cell (name -> shards), draws samples of each into `pictures_dir/CELL.png`.
-
-    The model stays on its device and is put into evaluation mode.
-    """
-    model.eval()
+def evaluate(checkpoint: Checkpoint, cells: dict[str, str]) -> list[Table]:
+    """Measures every cell (name -> shards), draws samples of each into `pictures_dir/CELL.png`."""
+    recipe, pictures_dir = checkpoint.recipe, checkpoint.pictures_dir
+    model, tokenizer = checkpoint.model(), checkpoint.tokenizer()
     settings, seed = recipe.evaluation, recipe.seed
     objectives = {
         stream.name: build_objective(stream, recipe.model, visual_tokenizer=recipe.data.visual_tokenizer)
@@ -127,11 +115,6 @@ def evaluate(
     if features or unlabelled:
         tables.append(_probes(model, recipe, tokenizer, features, unlabelled))
     return tables
-
-
-def file_name(cell: str) -> str:
-    """`unseen concept, seen style` -> `unseen_concept_seen_style`."""
-    return "_".join("".join(c if c.isalnum() else " " for c in cell).split())
 
 
 def labelled_features(

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lgamma
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,10 +22,10 @@ from torch import Tensor
 from eve.config import Recipe
 from eve.data.batch import Sample
 from eve.data.loader import read_captions, read_samples
-from eve.data.shards import resolve
 from eve.data.tokenizer import Tokenizer
 from eve.errors import UserError
 from eve.model import VisionLanguageModel
+from eve.tasks.checkpoint import Checkpoint
 from eve.tasks.report import Table, Value
 from eve.tasks.statistics import Interval, bootstrap_ratio
 
@@ -38,14 +37,10 @@ COLUMNS = (
 )
 
 
-def check(recipe: Recipe, cells: dict[str, str]) -> None:
-    """Raises UserError where the model compares nothing or held-out shards are missing."""
+def check(recipe: Recipe) -> None:
+    """Raises UserError where the model compares nothing."""
     if recipe.model.contrast is None:
         raise UserError("model.contrast of the checkpoint is null: nothing compares images with texts")
-    if not cells:
-        raise UserError("the recipe names no held-out shards in evaluation.shards; give some with --data")
-    for shards in cells.values():
-        resolve(shards)
 
 
 @dataclass(frozen=True)
@@ -58,15 +53,10 @@ class Candidates:
     relevant_IC: Tensor
 
 
-def evaluate(
-    model: VisionLanguageModel,
-    recipe: Recipe,
-    tokenizer: Tokenizer,
-    cells: dict[str, str],
-    pictures_dir: Path,
-) -> list[Table]:
-    """Measures every cell (name -> shards). The model stays on its device and is put into evaluation mode."""
-    model.eval()
+def evaluate(checkpoint: Checkpoint, cells: dict[str, str]) -> list[Table]:
+    """Measures every cell (name -> shards)."""
+    recipe = checkpoint.recipe
+    model, tokenizer = checkpoint.model(), checkpoint.tokenizer()
     settings = recipe.evaluation
     contrast: list[list[Value]] = []
     matching: list[list[Value]] = []

@@ -16,8 +16,8 @@ from eve.data.shard_writer import Record, write_shards
 from eve.data.tokenizer import Tokenizer
 from eve.evaluate import main
 from eve.model import build_model
-from eve.tasks.pretrain import file_name, labelled_features
-from eve.training.export import export_model, load_exported
+from eve.tasks.pretrain import labelled_features
+from eve.training.export import export_model, file_name, load_exported
 from tools.train_tokenizer import train
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 40), "blue": (30, 30, 220)}
