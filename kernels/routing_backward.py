@@ -9,7 +9,7 @@ read (T E 4 bytes, and as many written); the counts of first choices by group co
     shares      of sigmoids: s_te / sum_e s_te, and as above; a sum below EPSILON counts as EPSILON
     z-loss      mean over the T_g tokens of l^2, l = logsumexp: 2 l softmax / T_g
 
-Shape suffixes: T token, E expert, K choice, G group.
+Shape suffixes: T token, E expert, K choice, G group, X expert or choice.
 """
 
 from __future__ import annotations
@@ -44,28 +44,31 @@ def route_backward_definition(
     sigmoid: bool,
     renormalise: str,
 ) -> Tensor:
-    score_TE, share_TE = scores(logits_TE, sigmoid)
+    score_TE, _ = scores(logits_TE, sigmoid)
     grad_raw_TK = grad_weight_TK * kept_TK
     if renormalise != "none":
         raw_TK = score_TE.gather(1, expert_TK)
         counted_TK = kept_TK if renormalise == "after_drops" else torch.ones_like(kept_TK)
-        sum_T1 = (raw_TK * counted_TK).sum(-1, keepdim=True)
-        mean_T1 = (grad_raw_TK * raw_TK).sum(-1, keepdim=True) / sum_T1.clamp_min(EPSILON)
-        grad_raw_TK = grad_raw_TK - mean_T1 * (sum_T1 >= EPSILON) * counted_TK
-        grad_raw_TK = grad_raw_TK / sum_T1.clamp_min(EPSILON)
+        grad_raw_TK = through_division(grad_raw_TK, raw_TK * counted_TK) * counted_TK
     grad_score_TE = torch.zeros_like(score_TE).scatter_(1, expert_TK, grad_raw_TK)
     num_experts = logits_TE.shape[1]
     grad_share_TE = ((num_experts * grad_balance_G / tokens_G.square())[:, None] * first_GE)[group_T]
     if sigmoid:
-        all_T1 = score_TE.sum(-1, keepdim=True)
-        mean_T1 = (share_TE * grad_share_TE).sum(-1, keepdim=True) * (all_T1 >= EPSILON)
-        grad_score_TE = grad_score_TE + (grad_share_TE - mean_T1) / all_T1.clamp_min(EPSILON)
+        grad_score_TE = grad_score_TE + through_division(grad_share_TE, score_TE)
         grad_TE = grad_score_TE * score_TE * (1 - score_TE)
     else:
         grad_score_TE = grad_score_TE + grad_share_TE
         grad_TE = score_TE * (grad_score_TE - (score_TE * grad_score_TE).sum(-1, keepdim=True))
     scale_T = (grad_z_loss_G / tokens_G)[group_T] * 2 * torch.logsumexp(logits_TE, dim=-1)
     return grad_TE + scale_T[:, None] * torch.softmax(logits_TE, dim=-1)
+
+
+def through_division(grad_TX: Tensor, part_TX: Tensor) -> Tensor:
+    """Gradient of the parts, from that of part / max(sum of the token's parts, EPSILON)."""
+    sum_T1 = part_TX.sum(-1, keepdim=True)
+    divisor_T1 = sum_T1.clamp_min(EPSILON)
+    mean_T1 = (grad_TX * part_TX).sum(-1, keepdim=True) / divisor_T1 * (sum_T1 >= EPSILON)
+    return (grad_TX - mean_T1) / divisor_T1
 
 
 def scores(logits_TE: Tensor, sigmoid: bool) -> tuple[Tensor, Tensor]:

@@ -97,6 +97,12 @@ def positives(identity_B2: Tensor, identity_N2: Tensor) -> Tensor:
     return (identity_B2[:, None] == identity_N2[None]).any(-1)
 
 
+def positives_in_pool(batch: Batch, field: str | None, pool: Pool) -> Tensor:
+    """bool (B, N): the samples of the pool that show or say the same; `field` as of `identities`."""
+    identity_B2 = identities(batch, field)
+    return positives(identity_B2, pool.gather(identity_B2))
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A pass compared with the pool.
@@ -129,8 +135,7 @@ def compare(model: VisionLanguageModel, batch: Batch, stream: Stream, pool: Pool
         similarity(parts[2 * i], parts[2 * i + 1], head.scale(path), gathered[2 * i], gathered[2 * i + 1])
         for i, path in enumerate(paths)
     ]
-    identity_B2 = identities(batch, stream.identity)
-    positive_BN = positives(identity_B2, pool.gather(identity_B2))
+    positive_BN = positives_in_pool(batch, stream.identity, pool)
     return Comparison(logits, positive_BN, pool.rank * batch.size, (image, text))
 
 
@@ -160,12 +165,8 @@ def no_masks(sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {}
 
 
-def number_of_pairs(batch: Batch) -> Tensor:
-    return torch.full((), batch.size, dtype=torch.float32, device=batch.seed_B.device)
-
-
-class Contrast:
-    """Mean over the pairs of the step, and over the paths (VLMo has two)."""
+class OfWholePairs:
+    """What contrast and matching share: nothing is masked, and each pair counts once."""
 
     def __init__(self, stream: Stream, model: Model, pool: Pool):
         self.name = stream.name
@@ -175,7 +176,11 @@ class Contrast:
         return no_masks
 
     def units(self, batch: Batch) -> Tensor:
-        return number_of_pairs(batch)
+        return torch.full((), batch.size, dtype=torch.float32, device=batch.seed_B.device)
+
+
+class Contrast(OfWholePairs):
+    """Mean over the pairs of the step, and over the paths (VLMo has two)."""
 
     def __call__(
         self, model: VisionLanguageModel, batch: Batch, units: Tensor, aux_weight: float

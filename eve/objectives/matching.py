@@ -18,12 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eve import random
-from eve.config import Model, Stream
-from eve.data.batch import Batch, Masking
-from eve.data.tokenizer import Tokenizer
+from eve.data.batch import Batch
 from eve.model import VisionLanguageModel
 from eve.model.encoder import EncoderOutput
-from eve.objectives.contrast import compare, identities, no_masks, number_of_pairs, pair_loss, positives
+from eve.objectives.contrast import OfWholePairs, compare, pair_loss, positives_in_pool
 from eve.objectives.output import ObjectiveOutput, with_routing
 from eve.objectives.pool import Pool
 from eve.packing import to_device
@@ -165,24 +163,13 @@ def excluded(positive_BN: Tensor, first: int, negatives: str) -> Tensor:
     return positive_BN | (number_N < first) | (number_N >= first + len(positive_BN))
 
 
-class Matching:
+class Matching(OfWholePairs):
     """Without contrast: negatives are drawn alike of all that are no positives."""
-
-    def __init__(self, stream: Stream, model: Model, pool: Pool):
-        self.name = stream.name
-        self.stream, self.pool = stream, pool
-
-    def masking(self, tokenizer: Tokenizer | None) -> Masking:
-        return no_masks
-
-    def units(self, batch: Batch) -> Tensor:
-        return number_of_pairs(batch)
 
     def __call__(
         self, model: VisionLanguageModel, batch: Batch, units: Tensor, aux_weight: float
     ) -> ObjectiveOutput:
-        identity_B2 = identities(batch, self.stream.identity)
-        positive_BN = positives(identity_B2, self.pool.gather(identity_B2))
+        positive_BN = positives_in_pool(batch, self.stream.identity, self.pool)
         excluded_BN = excluded(positive_BN, self.pool.rank * batch.size, self.stream.negatives)
         alike_BN = torch.zeros_like(positive_BN, dtype=torch.float32)
         drawn = draw(alike_BN, alike_BN, excluded_BN, batch.seed_B)
@@ -190,18 +177,8 @@ class Matching:
         return with_routing(total / units, metrics, [encoded], aux_weight)
 
 
-class ContrastMatching:
+class ContrastMatching(OfWholePairs):
     """Both from one comparison, as VLMo has it: the logits of contrast draw the negatives of matching."""
-
-    def __init__(self, stream: Stream, model: Model, pool: Pool):
-        self.name = stream.name
-        self.stream, self.pool = stream, pool
-
-    def masking(self, tokenizer: Tokenizer | None) -> Masking:
-        return no_masks
-
-    def units(self, batch: Batch) -> Tensor:
-        return number_of_pairs(batch)
 
     def __call__(
         self, model: VisionLanguageModel, batch: Batch, units: Tensor, aux_weight: float
