@@ -5,7 +5,7 @@
 
 NAME is a file of tools/comparisons/ or a path; tools/comparisons/definition.py says what it holds. Each
 variant is trained with each seed by a process of eve.pretrain, `--jobs` at once, and measured by
-eve.evaluate.
+eve.evaluate. With a budget, what a step of each costs is measured first, in OUT/cost.json.
 Writes OUT/VARIANT/seed-N/ (run directories), OUT/table.md and OUT/table.json (with the numbers of all seeds).
 What is finished is not made again: stopped, the same command goes on. A run that fails is told and the others
 go on; the exit code is 1 then, and 2 with one sentence for a mistake of the user.
@@ -20,9 +20,10 @@ from pathlib import Path
 
 from eve.errors import UserError
 from eve.tasks.report import Table, to_text, write
+from tools.comparisons.cost import check_budget, costs_of, timed_variant
 from tools.comparisons.definition import load_comparison
 from tools.comparisons.runs import Runner, runs_of
-from tools.comparisons.tables import result_tables
+from tools.comparisons.tables import cost_table, result_tables
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,14 +58,21 @@ def compare(options: argparse.Namespace) -> int:
     seeds = list(dict.fromkeys(options.seeds or comparison.seeds))
     code = 0
     tables: list[Table] = []
+    if comparison.budget is not None:
+        check_budget(variants, comparison.budget)
+        costs = costs_of(variants, comparison.budget, out, measure=not options.table)
+        tables.append(cost_table(costs, comparison.budget, "" if comparison.measures else comparison.note))
+        print(f"\n{to_text(tables[0])}\n", flush=True)
+        variants = [timed_variant(each, comparison.budget, costs) for each in variants]
     if comparison.measures:
         runs = runs_of(variants, seeds, out)
         if not options.table:
             wanted = [run for run in runs if not options.only or run.variant.name in options.only]
             code = Runner(wanted, comparison.measures, options.jobs).make()
-        tables += result_tables(comparison, runs, options.jobs)
-    for table in tables:
-        print(f"\n{to_text(table)}")
+        results = result_tables(comparison, runs, options.jobs)
+        for table in results:
+            print(f"\n{to_text(table)}")
+        tables += results
     out.mkdir(parents=True, exist_ok=True)
     for name in ("table.md", "table.json"):
         write(out / name, tables)

@@ -70,14 +70,14 @@ def generated_samples(recipe: Recipe, indices: range) -> list[Sample]:
 
 
 class Samples:
-    """Batches of any size on the device; real samples are repeated where they are too few."""
+    """Batches of any size on the device; the first `limit` real samples, repeated where they are too few."""
 
-    def __init__(self, recipe: Recipe, device: torch.device):
+    def __init__(self, recipe: Recipe, device: torch.device, limit: int = 4096):
         self.recipe, self.device = recipe, device
         self.samples: list[Sample] = []
         try:
             tokenizer = Tokenizer.load(recipe.data.tokenizer)
-            self.samples = list(islice(held_out_samples(recipe, tokenizer), 4096))
+            self.samples = list(islice(held_out_samples(recipe, tokenizer), limit))
             self.kind = f"{len(self.samples)} real pairs"
         except UserError as error:
             self.kind = (

@@ -48,20 +48,27 @@ class Measure(Section):
 
 
 class Budget(Section):
-    """Costs of a step within a memory, and as many steps for each variant as fit a time."""
+    """What a step costs within a memory, and for each variant as many steps as fit a time."""
 
-    # Of a step: what it needs beyond the process before its first batch, weights and optimizer included.
+    # Of a step: weights, optimizer state, batch, activations and gradients that are alive at once.
     memory_gib: float = Field(gt=0)
-    # Batches that are tried, of every source of the stage.
+    # Samples of a step that are tried, ascending.
     batches: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
-    # Of training at its largest batch for every variant; null trains the steps of the recipe, at its batch.
+    # Every variant trains that long at its largest batch; null trains the steps of the recipe, at its batch.
+    # The batch is that of the source: other stages that read it get it too.
     minutes: float | None = Field(default=None, gt=0)
-    # The stage that is measured; null is the first.
+    # The stage that is measured, which reads one source of pairs; null is the first.
     stage: str | None = None
-    # Rounds over the variants, each one step at each batch; one more warms up.
+    # Rounds over the variants.
     rounds: int = Field(default=5, ge=1)
-    # Time for as many pairs as multiples of that of the first variant, as the paper has it.
+    # By variant: its time for as many pairs over that of the first variant, as the paper has it.
     published: dict[str, float] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> Budget:
+        if list(self.batches) != sorted(set(self.batches)):
+            raise ValueError(f"batches {list(self.batches)} do not ascend")
+        return self
 
 
 class Comparison(Section):
@@ -114,6 +121,10 @@ class Variant:
     @property
     def directory(self) -> str:
         return file_name(self.name)
+
+    def stage_number(self, name: str | None) -> int:
+        """Of the stage of that name, which is there; None is the first."""
+        return next(n for n, stage in enumerate(self.recipe.stages) if name in (None, stage.name))
 
     def changed(self, *overrides: str) -> Variant:
         """With more overrides. Raises UserError."""

@@ -11,8 +11,9 @@ from typing import Any
 from eve.errors import UserError
 from eve.model import count_parameters
 from eve.tasks.report import Table, Value
-from eve.tasks.statistics import Spread
-from tools.comparisons.definition import Comparison, Measure
+from eve.tasks.statistics import Interval, Spread
+from tools.comparisons.cost import GIB, Costs
+from tools.comparisons.definition import Budget, Comparison, Measure
 from tools.comparisons.runs import SeedRun, measures_of, read_metrics
 
 
@@ -71,7 +72,7 @@ def _spread(measure: Measure, runs: Sequence[SeedRun]) -> Spread | None:
 
 
 def read_measure(measure: Measure, path: Path) -> float:
-    """Mean over the cells. Raises UserError where table, column or cell is not in the file or is no number."""
+    """Mean over the cells. Raises UserError where table, column or cell is not in the file, or no number."""
     tables: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     where = f"measure '{measure.name}' in {path}"
     table = next((each for each in tables if each["title"].startswith(measure.table) and each["rows"]), None)
@@ -108,3 +109,40 @@ def _about(runs: Sequence[SeedRun]) -> list[Value]:
     ]
     parameters = count_parameters(runs[0].recipe.model).total
     return [parameters, runs[0].steps, statistics.median(seconds) if seconds else None]
+
+
+def cost_table(costs: Costs, budget: Budget, note: str = "") -> Table:
+    """One row for each variant, beside the first."""
+    first = next(iter(costs.variants))
+    common = costs.batches(first, budget)[0]
+    columns = ["variant", "largest batch", "GiB", "seconds per step", "least", "pairs per second"]
+    columns += ["seconds for 1,000 pairs", "time per pair / first"]
+    columns += ["published"] if budget.published else []
+    columns += [f"seconds per step, {common} pairs", f"time / first, {common} pairs"]
+    rows: list[list[Value]] = []
+    base = costs.variants[first]
+    for name, cost in costs.variants.items():
+        size, first_size = costs.batch(name, budget), costs.batch(first, budget)
+        seconds = statistics.median(cost.seconds[size])
+        row: list[Value] = [name, size, cost.peaks[size] / GIB, seconds, min(cost.seconds[size])]
+        row += [size / seconds, 1000 * seconds / size]
+        row.append(
+            _ratio([s / size for s in cost.seconds[size]], [s / first_size for s in base.seconds[first_size]])
+        )
+        if budget.published:
+            row.append(budget.published.get(name))
+        row += [statistics.median(cost.seconds[common]), _ratio(cost.seconds[common], base.seconds[common])]
+        rows.append(row)
+    notes = [note] if note else []
+    notes += [
+        f"The largest of the batches {', '.join(map(str, budget.batches))} whose step needs at most "
+        f"{budget.memory_gib:g} GiB: weights, optimizer state, batch, activations, gradients alive at once.",
+        f"Medians of {budget.rounds} rounds that alternate between the variants; in brackets the least and "
+        f"greatest ratio of a round. Plain loop, no loading of data. {costs.about}.",
+    ]
+    return Table("Cost of a step", columns, rows, notes)
+
+
+def _ratio(seconds: Sequence[float], base: Sequence[float]) -> Interval:
+    ratios = [a / b for a, b in zip(seconds, base, strict=False)]
+    return Interval(statistics.median(ratios), min(ratios), max(ratios))
