@@ -69,7 +69,8 @@ class Checkpoint:
         exported model that alone."""
         stages = self.trained.stages
         if self.exported == self.directory:
-            about = json.loads((self.exported / "metadata.json").read_text())
+            metadata = self.exported / "metadata.json"
+            about = json.loads(metadata.read_text()) if metadata.is_file() else {}
             number = about.get("stage_number")
             done = None if number is None else number + 1
             return [Snapshot(about.get("stage", self.exported.name), done, self.exported)]

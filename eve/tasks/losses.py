@@ -168,12 +168,13 @@ def measure(
 
 
 def _trained(recipe: Recipe, snapshot: Snapshot, held: HeldOutStream) -> str | None:
-    """Whether that stage trained the stream, one before it, or none up to there."""
+    """Whether that stage trained the stream, one before it, or none up to there; in pools of any size."""
     if snapshot.stages_done is None:
         return None
 
     def has(stage: Stage) -> bool:
-        return any(held_out_stream(recipe, stream) == held for stream in stage.streams)
+        found = [held_out_stream(recipe, stream) for stream in stage.streams]
+        return any((other.stream, other.kind) == (held.stream, held.kind) for other in found)
 
     *before, here = [False, *(has(stage) for stage in recipe.stages[: snapshot.stages_done])]
     return "here" if here else "before" if any(before) else "no"

@@ -177,6 +177,8 @@ def test_small_cells_have_no_interval_and_smaller_ones_no_number(run_dir: Path) 
     export = run_dir / "export"
     one_pool = table("losses", export, f"--max-samples={POOL + 1}")
     assert isinstance(value(one_pool, "pairs", BOTH, "matching accuracy"), float)
-    none = table("losses", export, f"--max-samples={POOL - 1}")
+    none = table("losses", export, "--max-samples=10", "data.sources.pairs.batch_size=12")
     assert value(none, "pairs", BOTH) is None
     assert len(value(none, "pairs", READ)) == 3
+    # The stage that trained it had other pools.
+    assert [row["trained"] for row in none if row["stream"] == BOTH] == ["here"]

@@ -26,7 +26,7 @@ from eve.config import Recipe, load_recipe
 from eve.config.loading import sentence
 from eve.config.sections import Section
 from eve.errors import UserError
-from eve.tasks.pretrain import file_name
+from eve.training.export import file_name
 
 DEFINITIONS = Path(__file__).parent
 
