@@ -36,6 +36,9 @@ class Stream(Section):
     # By default 75 % at random (MAE, EVE), of a target of codes 40 % in blocks (BEiT, VL-MoE).
     image_ratio: float = Field(default=0.75, gt=0, lt=1)
     image_masking: Literal["random", "block"] = "random"
+    # Least area from which a block is drawn, in patches. null: 4 (EVE); of a target of codes BEiT's 16 of
+    # 14 x 14 patches, on another grid the same share, but 4 at least.
+    image_block_min: int | None = Field(default=None, ge=1)
     # Targets: pixels of a patch minus their mean over their standard deviation, or raw in [-1, 1].
     normalise_pixels: bool = True
     # masked_text and masked_pair
@@ -88,6 +91,8 @@ class Stream(Section):
             raise ValueError(f"image_target is {self.image_target}, but {self.objective} has {target}")
         if self.image_target == "codes" and self.image_input != "mask_token":
             raise ValueError(f"image_input is {self.image_input}, but codes are predicted from mask_token")
+        if self.image_block_min is not None and self.image_masking != "block":
+            raise ValueError(f"image_block_min is set, but image_masking is {self.image_masking}")
         if self.mask_share + self.random_share > 1:
             raise ValueError(
                 f"mask_share + random_share is {self.mask_share + self.random_share}, more than 1"

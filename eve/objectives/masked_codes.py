@@ -85,7 +85,7 @@ class MaskedCodes:
         self.codes = codes
 
     def masking(self, tokenizer: Tokenizer | None) -> Masking:
-        return ImageMasking(self.side, self.stream.image_ratio, self.stream.image_masking)
+        return ImageMasking.of(self.stream, self.side)
 
     def units(self, batch: Batch) -> Tensor:
         masked_BM = batch.masks[self.name]["masked_M"]

@@ -48,7 +48,7 @@ class MaskedImage:
         self.side = model.image_size // model.patch_size
 
     def masking(self, tokenizer: Tokenizer | None) -> Masking:
-        return ImageMasking(self.side, self.stream.image_ratio, self.stream.image_masking)
+        return ImageMasking.of(self.stream, self.side)
 
     def units(self, batch: Batch) -> Tensor:
         masked_BM = batch.masks[self.name]["masked_M"]

@@ -29,7 +29,7 @@ class MaskedPair:
         self.codes = codes
 
     def masking(self, tokenizer: Tokenizer | None) -> Masking:
-        image = ImageMasking(self.side, self.stream.image_ratio, self.stream.image_masking)
+        image = ImageMasking.of(self.stream, self.side)
         return PairMasking(image, text_masking(self.stream, tokenizer))
 
     def units(self, batch: Batch) -> Tensor:

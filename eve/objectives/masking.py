@@ -14,7 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eve.config import Stream
 from eve.data.batch import Sample
+
+# Least area of a block: of EVE's masks, and of BEiT's, in patches of its grid.
+EVE_BLOCK_MIN = 4
+BEIT_BLOCK_MIN, BEIT_PATCHES = 16, 14 * 14
 
 
 def num_masked_patches(num_patches: int, ratio: float) -> int:
@@ -110,16 +115,28 @@ def masked_patches(masked_BM: Tensor, num_patches: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageMasking:
-    """-> {"visible_V", "masked_M"}: int64 patch indices in ascending order."""
+    """-> {"visible_V", "masked_M"}: int64 patch indices in ascending order.
+
+    `block_min`: least area from which a block is drawn.
+    """
 
     side: int
     ratio: float
     kind: str
+    block_min: int = EVE_BLOCK_MIN
+
+    @classmethod
+    def of(cls, stream: Stream, side: int) -> ImageMasking:
+        """That of a stream, for pictures of side * side patches."""
+        block_min = stream.image_block_min or EVE_BLOCK_MIN
+        if stream.image_block_min is None and stream.image_target == "codes":
+            block_min = max(EVE_BLOCK_MIN, round(BEIT_BLOCK_MIN * side**2 / BEIT_PATCHES))
+        return cls(side, stream.image_ratio, stream.image_masking, block_min)
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> dict[str, np.ndarray]:
         num_masked = num_masked_patches(self.side**2, self.ratio)
         if self.kind == "block":
-            masked_P = block_patches((self.side, self.side), num_masked, rng)
+            masked_P = block_patches((self.side, self.side), num_masked, rng, min_patches=self.block_min)
         else:
             masked_P = random_patches(self.side**2, num_masked, rng)
         return {"visible_V": np.flatnonzero(~masked_P), "masked_M": np.flatnonzero(masked_P)}

@@ -12,8 +12,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from eve.objectives.masking import block_patches, rectangles
+from eve.config import Stream
+from eve.data.batch import Sample
+from eve.objectives.masking import BEIT_BLOCK_MIN, ImageMasking, block_patches, rectangles
 from tests.reference import files
 
 pytestmark = pytest.mark.fixtures
@@ -79,6 +82,54 @@ def draws_of(
     return np.stack(masks), blocks
 
 
+def adjacent(masks_NHW: np.ndarray) -> np.ndarray:
+    """Of each mask: pairs of masked patches side by side."""
+    down, across = masks_NHW[:, 1:] & masks_NHW[:, :-1], masks_NHW[:, :, 1:] & masks_NHW[:, :, :-1]
+    return down.sum((1, 2)) + across.sum((1, 2))
+
+
+def drawn(side: int, number: int = 1000, **keys) -> np.ndarray:
+    """Masks (N, H, W) of a stream with these keys."""
+    masking = ImageMasking.of(Stream.model_validate({"name": "s", "source": "s", **keys}), side)
+    masks = np.zeros((number, side * side), dtype=bool)
+    for index in range(number):
+        rng = np.random.Generator(np.random.Philox([3, index]))
+        masks[index, masking(Sample("s", 0, 0, 0), rng)["masked_M"]] = True
+    return masks.reshape(number, side, side)
+
+
+@files("beit_mask_statistics")
+def test_streams_of_codes_have_blocks_of_beits_least_size_and_others_of_eves(path):
+    """Blocks of 4 patches at least leave masks of more edges: told apart by many standard errors."""
+    for name, expected in json.loads(path.read_text())["statistics"].items():
+        settings = expected["settings"]
+        height, width = settings["grid"]
+        if settings["version"] != "v2" or (height, settings["min_num_patches"]) != (width, BEIT_BLOCK_MIN):
+            continue
+        # The middle of the ratios that mask this number.
+        ratio = (settings["num_masking_patches"] - 0.5) / (height * width)
+        of, draws = expected["adjacent_masked_pairs"], settings["draws"]
+        if (height, width) == (14, 14):
+            codes = drawn(height, image_ratio=ratio, objective="masked_codes")
+            assert (codes.sum((1, 2)) == settings["num_masking_patches"]).all()
+            same_mean(f"{name} codes", adjacent(codes), of["mean"], of["std"], draws)
+        pixels = {"image_ratio": ratio, "objective": "masked_pair", "image_masking": "block"}
+        said = adjacent(drawn(height, image_block_min=settings["min_num_patches"], **pixels))
+        same_mean(f"{name} said", said, of["mean"], of["std"], draws)
+        smaller = adjacent(drawn(height, **pixels))
+        error = math.sqrt(of["std"] ** 2 / draws + smaller.var() / len(smaller))
+        assert smaller.mean() < of["mean"] - ERRORS * error
+
+
+def test_the_least_block_of_codes_follows_the_grid():
+    stream = Stream.model_validate({"name": "s", "source": "s", "objective": "masked_codes"})
+    assert [ImageMasking.of(stream, side).block_min for side in (4, 14, 28)] == [4, 16, 64]
+    other = stream.model_copy(update={"image_block_min": 9})
+    assert ImageMasking.of(other, 14).block_min == 9
+    with pytest.raises(ValidationError, match="image_block_min is set, but image_masking is random"):
+        Stream(name="s", source="s", objective="masked_image", image_block_min=9)
+
+
 @files("beit_mask_statistics")
 def test_block_masks_are_those_of_beit(path):
     for name, expected in json.loads(path.read_text())["statistics"].items():
@@ -142,8 +193,7 @@ def test_block_masks_are_those_of_beit(path):
         same_mean(f"{name} components", areas_of_masks, of["mean"], of["std"], draws)
         same_histogram(f"{name} components", areas_of_masks.tolist(), of["histogram"], draws)
         of = expected["adjacent_masked_pairs"]
-        pairs = (masks[:, 1:] & masks[:, :-1]).sum((1, 2)) + (masks[:, :, 1:] & masks[:, :, :-1]).sum((1, 2))
-        same_mean(f"{name} neighbours", pairs, of["mean"], of["std"], draws)
+        same_mean(f"{name} neighbours", adjacent(masks), of["mean"], of["std"], draws)
 
         position = masks.mean(0)
         for (row, column), share in np.ndenumerate(np.array(expected["position_frequency"]["map"])):
