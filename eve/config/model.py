@@ -65,9 +65,15 @@ class FeedForward(Section):
     @classmethod
     def _count_experts(cls, values: Any) -> Any:
         pools = values.get("experts_by_modality") if isinstance(values, dict) else None
-        if isinstance(pools, (list, tuple)) and all(isinstance(size, int) for size in pools):
-            return {"num_experts": sum(pools), **values}
-        return values
+        if pools is None:
+            return values
+        whole = isinstance(pools, list | tuple) and all(type(size) is int and size >= 1 for size in pools)
+        if not whole or len(pools) != 2:
+            raise ValueError(
+                f"experts_by_modality is {pools!r}, expected two numbers of experts, image and text, such as "
+                "[32, 32], each at least 1"
+            )
+        return {"num_experts": sum(pools), **values}
 
     @model_validator(mode="after")
     def _check(self) -> FeedForward:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any
 
@@ -35,6 +36,19 @@ Blocks = Annotated[tuple[int, ...], BeforeValidator(_parse_blocks)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-# One number, or one for image and one for text tokens.
-Weight = Annotated[float, Field(ge=0)]
-LossWeight = Weight | tuple[Weight, Weight]
+def _parse_weight(value: Any) -> Any:
+    pair = isinstance(value, list | tuple)
+    try:
+        weights = [float(weight) for weight in (value if pair else [value])]
+    except (TypeError, ValueError):
+        weights = []
+    if len(weights) != 1 + pair or not all(0 <= weight < math.inf for weight in weights):
+        raise ValueError(
+            f"{value!r} is no weight; expected a number from 0 on, or [image, text], one for each pool"
+        )
+    return tuple(weights) if pair else weights[0]
+
+
+# One number, or one for image and one for text tokens. Checked here: of a union pydantic would name a mistake
+# by its own types.
+LossWeight = Annotated[float | tuple[float, float], BeforeValidator(_parse_weight)]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from eve.config import FeedForward
+from eve.config import FeedForward, load_recipe
+from eve.errors import UserError
 from eve.moe.losses import importance, load
 from eve.moe.routers import TopKRouter, capacity
 from eve.packing import TokenLayout
@@ -255,6 +256,32 @@ POOLS = {"experts_by_modality": (4, 1), "k": 1, "modality_vector": "none"}
 def test_mistakes_are_named(settings, message):
     with pytest.raises(ValidationError, match=message):
         FeedForward(blocks=(0,), router="topk", **settings)
+
+
+PAIR = r"expected two numbers of experts, image and text, such as \[32, 32\], each at least 1"
+WEIGHT = r"is no weight; expected a number from 0 on, or \[image, text\], one for each pool"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("experts_by_modality=[0, 4]", rf"experts_by_modality is \[0, 4\], {PAIR}"),
+        ("experts_by_modality=[4]", rf"experts_by_modality is \[4\], {PAIR}"),
+        ("experts_by_modality=32", rf"experts_by_modality is 32, {PAIR}"),
+        ("experts_by_modality=[a, 2]", rf"experts_by_modality is \['a', 2\], {PAIR}"),
+        ("load_balance_weight=[0.1]", rf"load_balance_weight: \[0.1\] {WEIGHT}"),
+        ("load_balance_weight=[0, -1]", rf"load_balance_weight: \[0, -1\] {WEIGHT}"),
+        ("z_loss_weight=little", rf"z_loss_weight: 'little' {WEIGHT}"),
+    ],
+)
+def test_mistakes_in_pairs_are_one_sentence(override, message):
+    with pytest.raises(UserError, match=rf"model\.feed_forward\.1[.:] ?{message}$"):
+        load_recipe("vl_moe_base_32e", [f"model.feed_forward.1.{override}"])
+
+
+def test_a_weight_may_be_written_in_any_way_of_yaml():
+    recipe = load_recipe("vl_moe_base_32e", ["model.feed_forward.1.z_loss_weight=1e-3"])
+    assert recipe.model.feed_forward[1].z_loss_weight == 0.001
 
 
 def test_the_number_of_experts_is_that_of_both_pools():
