@@ -42,8 +42,9 @@ import yaml
 
 from eve.config import load_recipe
 from eve.conversion.checkpoint import Checkpoint
-from eve.conversion.foreign.checkpoint import ForeignCheckpoint, ForeignOptions
+from eve.conversion.foreign.checkpoint import ForeignCheckpoint, ForeignOptions, listed
 from eve.conversion.foreign.formats import FORMATS as FOREIGN
+from eve.conversion.foreign.formats import export_state
 from eve.conversion.foreign.state_files import read_state, write_state
 from eve.conversion.layout import Layout
 from eve.conversion.sources import FORMATS, open_source
@@ -165,12 +166,12 @@ def _foreign(options: argparse.Namespace) -> ForeignOptions | None:
 
 
 def _export(source: Checkpoint, options: argparse.Namespace) -> int:
-    make = FOREIGN[options.to].state
-    assert make is not None
     weights = {parameter.name: source.read(parameter.name, "weight") for parameter in source.parameters}
-    state = make(weights, source.recipe.model)
+    state, left = export_state(weights, options.to, source.recipe.model)
     write_state(options.target, state)
     print(f"{options.target}: {len(state)} tensors in the layout of {FOREIGN[options.to].title}")
+    if left:
+        print(f"  left behind: {listed(left)}")
     return 0
 
 

@@ -28,10 +28,15 @@ class Tokenizer:
     """
 
     def __init__(self, model_bytes: bytes, where: str = "the tokenizer") -> None:
+        if not model_bytes:
+            raise UserError(
+                f"{where} is empty, as where weights were converted without a tokenizer; convert them again "
+                "with --tokenizer FILE, or put their sentencepiece model there"
+            )
         self.model_bytes = model_bytes
         self._processor = SentencePieceProcessor()
         try:
-            loaded = bool(model_bytes) and self._processor.LoadFromSerializedProto(model_bytes)
+            loaded = self._processor.LoadFromSerializedProto(model_bytes)
         except RuntimeError:
             loaded = False
         if not loaded:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eve import evaluate
 from eve.config import Recipe
 from eve.conversion.foreign.checkpoint import ForeignCheckpoint, ForeignOptions
 from eve.conversion.foreign.formats import import_state
@@ -237,6 +238,52 @@ def test_out_of_and_back_into_vlmos_files(tmp_path: Path, capsys: pytest.Capture
         assert all(torch.equal(found[name], tensor) for name, tensor in vlmo_state().items())
         assert main([str(ours), str(back), "--to", "vlmo"]) == 2
         assert "exists; give a path that does not" in capsys.readouterr().err
+
+
+def test_berts_row_comes_back_within_the_words(tmp_path: Path) -> None:
+    """The only tensors that differ after VLMo -> ours -> VLMo."""
+    state = vlmo_state()
+    types, words = (f"text_embeddings.{name}_embeddings.weight" for name in ("token_type", "word"))
+    state.put(types, 2, 16)
+    official, ours, back = saved(tmp_path / "vlmo.pt", state), tmp_path / "ours", tmp_path / "back.pt"
+    assert main([str(official), str(ours), "--from", "vlmo", "--size", "image_size=12"]) == 0
+    assert main([str(ours), str(back), "--to", "vlmo"]) == 0
+    found = read_state(back)
+    expected = state | {words: state[words] + state[types][0], types: torch.zeros(2, 16)}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_what_the_official_code_has_no_place_for_is_left_behind_and_named(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, back = tmp_path / "ours", tmp_path / "back.pt"
+    official = saved(tmp_path / "beit.pth", beit_state())
+    words = [str(official), str(ours), "--from", "beit", "--recipe", str(tiny), *SAME, VLMO]
+    assert main([*words, "model.text_norm=after_positions"]) == 0
+    capsys.readouterr()
+    assert main([str(ours), str(back), "--to", "vlmo"]) == 0
+    assert "left behind: decoder." in capsys.readouterr().out
+    found = read_state(back)
+    assert "mlm_score.bias" in found
+    assert torch.equal(found["transformer.cls_token"], beit_state()["cls_token"])
+    assert not [name for name in found if "decoder" in name.removeprefix("mlm_score.decoder")]
+
+
+def test_words_cannot_be_read_without_a_tokenizer(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = tmp_path / "ours"
+    official = saved(tmp_path / "vlmo.pt", vlmo_state())
+    assert main([str(official), str(ours), "--from", "vlmo", "--size", "image_size=12"]) == 0
+    assert "no tokenizer: give --tokenizer FILE" in capsys.readouterr().out
+    shards = tiny_recipe(tiny).data.sources["pairs"].mix[0].shards
+    command = ["--task", "retrieval", "--checkpoint", str(ours), "--data", shards]
+    assert evaluate.main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"error: {ours / 'tokenizer.model'} is empty, as where weights were converted without"
+    )
 
 
 @pytest.mark.parametrize(

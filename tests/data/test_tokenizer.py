@@ -108,10 +108,15 @@ def test_mistakes_are_named(tmp_path: Path, model_bytes: bytes) -> None:
     path = tmp_path / "t.model"
     with pytest.raises(UserError, match="there is no tokenizer"):
         Tokenizer.load(path)
-    for content in (b"", b"garbage", model_bytes[: len(model_bytes) // 2]):
+    for content in (b"garbage", model_bytes[: len(model_bytes) // 2]):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"t\.model is not a sentencepiece model"):
             Tokenizer.load(path)
+    path.write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"t\.model is empty, as where .* without a tokenizer; convert them again"
+    ):
+        Tokenizer.load(path)
     with pytest.raises(UserError, match="cannot be read"):
         Tokenizer.load(tmp_path)
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))

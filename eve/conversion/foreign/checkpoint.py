@@ -55,8 +55,8 @@ class ForeignCheckpoint(Checkpoint):
         new = self._fitting.new
         left = [*self._fitting.left_behind, *(f"the head for {task}" for task in source.heads)]
         self.notes = [
-            *([f"new, from the seed {self.recipe.seed}: {_listed(new)}"] if new else []),
-            *([f"left behind: {_listed(left)}"] if left else []),
+            *([f"new, from the seed {self.recipe.seed}: {listed(new)}"] if new else []),
+            *([f"left behind: {listed(left)}"] if left else []),
             *self._fitting.notes,
         ]
         self.tokenizer = self._tokenizer(options.tokenizer)
@@ -92,6 +92,7 @@ def _example(form: str, model: dict[str, Any]) -> Recipe:
     return parse_recipe(tree, where=f"the model of {form}")
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first of them, and how many more."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

@@ -68,6 +68,29 @@ def fill(weight: Tensor, initial: Tensor) -> Tensor:
     return torch.where(weight.isnan(), initial, weight)
 
 
+class _Read(dict[str, Tensor]):
+    """Remembers which of its tensors were asked for."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(weights)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+
+def export_state(
+    weights: Mapping[str, Tensor], name: str, model: Model
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The official state of weights of ours, and the names of those it has no place for: heads of objectives
+    that the other project does not have. Raises UserError for a model that computes otherwise there."""
+    make = FORMATS[name].state
+    assert make is not None
+    read = _Read(weights)
+    return make(read, model), [key for key in weights if key not in read.asked]
+
+
 def import_state(
     state: Mapping[str, Tensor],
     name: str,

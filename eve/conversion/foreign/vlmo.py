@@ -314,7 +314,6 @@ def _check_exportable(model: Model) -> None:
         "model.sub_norm is set": model.sub_norm,
         "model.final_norm is not shared": model.final_norm != "shared",
         "model.mask_token is set": model.mask_token,
-        "model.decoder is set": model.decoder is not None,
         "model.visual_codes is set": model.visual_codes is not None,
         "model.relative_positions is shared": model.relative_positions == "shared",
         "there are both absolute and relative positions, or neither": model.absolute_positions
