@@ -32,19 +32,35 @@ DEFINITIONS = Path(__file__).parent
 
 
 class Measure(Section):
-    """One number of a run: a column of a table of `eve.evaluate`, the mean over its cells."""
+    """One number of a run: the mean over the cells of a table of `eve.evaluate`."""
 
     name: str
     task: Literal["pretrain", "retrieval", "losses"]
-    # How the table's title and the column's name begin.
-    table: str
-    column: str
-    # Rows of the table by their first column; null is all of them.
+    # How the table's title and the column's name begin; not of `losses`, which has one table.
+    table: str = ""
+    column: str = ""
+    # Of `losses`: how the names in its columns `stream` and `measure` begin.
+    stream: str = ""
+    measure: str = ""
+    # Held-out cells; null is all of them.
     cells: tuple[str, ...] | None = None
     # Measured at the end of this stage; null is the end of the run.
     stage: str | None = None
     # Those that have it; null is all.
     variants: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Measure:
+        needed, other = ("table", "column"), ("stream", "measure")
+        if self.task == "losses":
+            needed, other = ("stream",), ("table", "column")
+        for key in needed:
+            if not getattr(self, key):
+                raise ValueError(f"measure '{self.name}' of {self.task} lacks {key}")
+        for key in other:
+            if getattr(self, key):
+                raise ValueError(f"measure '{self.name}' has {key}, which {self.task} has not")
+        return self
 
 
 class Budget(Section):

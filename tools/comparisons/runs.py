@@ -2,7 +2,7 @@
 
     OUT/VARIANT/seed-N/            a run directory of eve.pretrain
         run.log                    what its processes said
-        measures/STAGE-TASK-HASH.json   tables of eve.evaluate; the hash is of the evaluation's settings
+        measures/WHEN-TASK-HASH.json    tables of eve.evaluate; the hash is of the evaluation's settings
 
 What is finished is not made again, and what was broken off goes on from its last checkpoint.
 """
@@ -29,6 +29,7 @@ from typing import Any
 from eve.config import Recipe
 from eve.errors import UserError
 from eve.pretrain import FREE_KEYS, differing_keys
+from eve.training.export import file_name, stage_exports
 from tools.comparisons.definition import Measure, Variant, flow
 from tools.progress import Progress
 
@@ -67,25 +68,21 @@ class SeedRun:
             return self.steps
         return max((line["step"] for line in read_metrics(self.directory)), default=0)
 
-    def checkpoint(self, stage: str | None) -> Path:
-        """The exported model at the end of that stage, or of the run. Raises UserError."""
-        if stage in (None, self.recipe.stages[-1].name):
+    def checkpoint(self, task: str, stage: str | None) -> Path:
+        """What a task measures: the model at the end of that stage, or of the run; losses those of all."""
+        if task == "losses":
+            return self.directory
+        stages = [each.name for each in self.recipe.stages]
+        if stage in (None, stages[-1]):
             return self.directory / "export"
-        number = next(n for n, each in enumerate(self.recipe.stages) if each.name == stage)
-        found = [
-            path
-            for path in sorted((self.directory / "stages").glob(f"*_{stage}"))
-            if path.name.partition("_")[2] == stage
-        ]
-        if not found:
-            raise UserError(f"{self.directory / 'stages'} holds no export of stage {number}, {stage}")
-        return found[0]
+        return stage_exports(self.directory, self.recipe)[stages.index(stage)]
 
     def evaluation(self, task: str, stage: str | None) -> Path:
         """The file with its tables."""
         settings = flow(self.recipe.evaluation.model_dump(mode="json"))
         digest = f"{zlib.crc32(settings.encode()):08x}"
-        return self.directory / "measures" / f"{stage or 'end'}-{task}-{digest}.json"
+        moment = "stages" if task == "losses" else f"after_{file_name(stage)}" if stage else "end"
+        return self.directory / "measures" / f"{moment}-{task}-{digest}.json"
 
 
 def runs_of(variants: Iterable[Variant], seeds: Sequence[int], out: Path) -> list[SeedRun]:
@@ -198,7 +195,7 @@ class Runner:
         path.parent.mkdir(exist_ok=True)
         writing = path.with_name(f"writing-{path.name}")
         evaluation = f"evaluation={flow(run.recipe.evaluation.model_dump(mode='json'))}"
-        command = ["eve.evaluate", "--task", task, "--checkpoint", str(run.checkpoint(stage))]
+        command = ["eve.evaluate", "--task", task, "--checkpoint", str(run.checkpoint(task, stage))]
         self._process(run, [*command, "--output", str(writing), evaluation])
         writing.rename(path)
 

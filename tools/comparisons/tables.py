@@ -67,34 +67,60 @@ def _spread(measure: Measure, runs: Sequence[SeedRun]) -> Spread | None:
     for run in runs:
         path = run.evaluation(measure.task, measure.stage)
         if measures_of(run, [measure]) and path.is_file():
-            found[run.seed] = read_measure(measure, path)
+            found[run.seed] = read_measure(measure, path, run.recipe.stages[-1].name)
     return Spread(dict(sorted(found.items()))) if found else None
 
 
-def read_measure(measure: Measure, path: Path) -> float:
+def read_measure(measure: Measure, path: Path, last_stage: str) -> float:
     """Mean over the cells. Raises UserError where table, column or cell is not in the file, or no number."""
     tables: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    where = f"measure '{measure.name}' in {path}"
+    try:
+        of_cell = (
+            _of_losses(measure, tables, last_stage) if measure.task == "losses" else _of(measure, tables)
+        )
+        values = []
+        for cell in measure.cells if measure.cells is not None else of_cell:
+            if cell not in of_cell:
+                raise UserError(f"no cell '{cell}', only {', '.join(of_cell)}")
+            value = of_cell[cell]
+            value = value[0] if isinstance(value, list) else value  # of an interval
+            if not isinstance(value, int | float):
+                raise UserError(f"the cell '{cell}' holds {value!r}, not a number")
+            values.append(float(value))
+    except UserError as error:
+        raise UserError(f"measure '{measure.name}' in {path}: {error}") from None
+    return statistics.fmean(values)
+
+
+def _of(measure: Measure, tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """By cell, from a table with a row for each. Raises UserError."""
     table = next((each for each in tables if each["title"].startswith(measure.table) and each["rows"]), None)
     if table is None:
         titles = ", ".join(repr(each["title"]) for each in tables)
-        raise UserError(f"{where}: no table with rows begins with '{measure.table}'; there are {titles}")
-    rows: list[dict[str, Any]] = table["rows"]
-    columns = list(rows[0])
-    column = next((name for name in columns[1:] if name.startswith(measure.column)), None)
+        raise UserError(f"no table with rows begins with '{measure.table}'; there are {titles}")
+    first, *columns = table["rows"][0]
+    column = next((name for name in columns if name.startswith(measure.column)), None)
     if column is None:
-        raise UserError(f"{where}: no column begins with '{measure.column}', only {', '.join(columns[1:])}")
-    of_cell = {row[columns[0]]: row[column] for row in rows}
-    values = []
-    for cell in measure.cells if measure.cells is not None else of_cell:
-        if cell not in of_cell:
-            raise UserError(f"{where}: no cell '{cell}', only {', '.join(map(str, of_cell))}")
-        value = of_cell[cell]
-        value = value[0] if isinstance(value, list) else value  # of an interval
-        if not isinstance(value, int | float):
-            raise UserError(f"{where}: {column} of {cell} is {value!r}, not a number")
-        values.append(float(value))
-    return statistics.fmean(values)
+        raise UserError(f"no column begins with '{measure.column}', only {', '.join(columns)}")
+    return {row[first]: row[column] for row in table["rows"]}
+
+
+def _of_losses(measure: Measure, tables: Sequence[dict[str, Any]], last_stage: str) -> dict[str, Any]:
+    """By cell, from the table whose rows are moments, streams and what is measured. Raises UserError."""
+    rows = [row for row in tables[0]["rows"] if row["after"] == (measure.stage or last_stage)]
+    found = [
+        row
+        for row in rows
+        if row["stream"].startswith(measure.stream) and row["measure"].startswith(measure.measure)
+    ]
+    if len(found) != 1:
+        there = "; ".join(f"{row['stream']}, {row['measure']}" for row in rows)
+        raise UserError(
+            f"{len(found)} rows have a stream that begins with '{measure.stream}' and a measure that begins "
+            f"with '{measure.measure}', expected one of {there}"
+        )
+    about = ("after", "stream", "trained", "measure")
+    return {cell: value for cell, value in found[0].items() if cell not in about}
 
 
 def _about(runs: Sequence[SeedRun]) -> list[Value]:
