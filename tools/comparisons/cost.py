@@ -166,6 +166,8 @@ def costs_of(variants: Sequence[Variant], budget: Budget, out: Path, *, measure:
     if costs is None or not _is_complete(costs, budget):
         if not measure:
             raise UserError(f"{path} does not hold the costs of these variants; run without --table")
+        # Of the profiler, which says when it begins and ends.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             process.submit(measure_here, variants, budget, path).result()
         costs = Costs.read(path, inputs_of(variants, budget))
