@@ -19,7 +19,8 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 def load_recipe(name_or_path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """The recipe of that name or path with `section.key=value` overrides (values are YAML).
 
-    Lists take an index (`stages.0.steps=100`). Raises UserError.
+    Lists take an index (`stages.0.steps=100`). Of stages and streams a list may name those to keep, in that
+    order, and hold new ones (`stages=[text, pairs]`). Raises UserError.
     """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
@@ -67,7 +68,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if isinstance(node, list):
         node[_index(node, last, key)] = value
     else:
-        node[last] = value
+        node[last] = _picked(node.get(last), value, key)
+
+
+def _picked(old: Any, new: Any, key: str) -> Any:
+    """`new`, its strings replaced by the entries of `old` that have that name."""
+    if not (isinstance(old, list) and isinstance(new, list) and all(isinstance(e, dict) for e in old)):
+        return new
+    named = {entry["name"]: entry for entry in old if "name" in entry}
+    for entry in new:
+        if named and isinstance(entry, str) and entry not in named:
+            raise UserError(f"override '{key}': there is no '{entry}', expected some of {list(named)}")
+    return [named.get(entry, entry) if isinstance(entry, str) else entry for entry in new]
 
 
 def _index(node: list[Any], part: str, key: str) -> int:
