@@ -64,6 +64,10 @@ class Stream(Section):
     # Where negatives of matching come from: all of the pool, or what the pair's own rank holds (VLMo's
     # ablation: results depend on the number of ranks).
     negatives: Literal["global", "local"] = "global"
+    # Of contrast_matching: what contrast's logits are multiplied by before negatives are drawn from their
+    # softmax: 1 is VLMo, 0 draws all alike. Where contrast knows all that the model knows, those of 1 leave
+    # matching nothing to tell them by, and small models learn it only below.
+    negative_hardness: float = Field(default=1.0, ge=0, le=1)
     # Of matching, where contrast has 1.
     matching_weight: float = Field(default=1.0, ge=0)
 

@@ -1,8 +1,9 @@
 """Image-text matching (ITM; ALBEF, VLMo): fused, does this image belong to this text?
 
 Each pair gives three examples: itself, its text with a hard negative image, its image with a hard negative
-text. Hard negatives are drawn from the softmax of the contrast's logits over the pool, never from the pair's
-positives (same image or equal caption); without contrast all others are as likely.
+text. Hard negatives are drawn from the softmax of the contrast's logits over the pool (flattened by
+Stream.negative_hardness), never from the pair's positives (same image or equal caption); without contrast all
+others are as likely.
 
 The host waits for the device once: it has to know which texts were drawn, as their lengths lay out the packed
 batch. Shape suffixes: B sample of this rank, N sample of the pool, X example (3 B), L longest text, D width.
@@ -185,10 +186,10 @@ class ContrastMatching(OfWholePairs):
     ) -> ObjectiveOutput:
         compared = compare(model, batch, self.stream, self.pool)
         contrast, contrast_metrics = pair_loss(model, compared, self.stream)
-        first = compared.paths[0]
+        first, hardness = compared.paths[0], self.stream.negative_hardness
         drawn = draw(
-            first.image_to_text_BN.detach(),
-            first.text_to_image_BN.detach(),
+            hardness * first.image_to_text_BN.detach(),
+            hardness * first.text_to_image_BN.detach(),
             excluded(compared.positive_BN, compared.first, self.stream.negatives),
             batch.seed_B,
         )

@@ -179,6 +179,19 @@ def test_hard_negatives_are_near() -> None:
         assert texts[12 + i].tolist() == nearest.tolist()  # pyright: ignore
 
 
+def test_without_hardness_negatives_are_those_of_matching_alone() -> None:
+    """The same seeds draw the same examples, whatever contrast says."""
+    batch, drawn = make_batch(6), {}
+    for name, more in (("contrast_matching", {"negative_hardness": 0.0}), ("matching", {})):
+        watched = Watched(build_model(CONFIG, 1).eval())
+        objective = build_objective(stream(name, identity="thing", **more), CONFIG)
+        with torch.no_grad():
+            objective(watched, batch, objective.units(batch), 1.0)  # pyright: ignore
+        drawn[name] = watched.fused[0]
+    assert torch.equal(drawn["matching"]["tokens_N"], drawn["contrast_matching"]["tokens_N"])
+    assert torch.equal(drawn["matching"]["images_BCHW"], drawn["contrast_matching"]["images_BCHW"])
+
+
 def fetch_on_a_rank(wanted: list[list[int]]) -> tuple[list[int], list[int], bool]:
     topology = Topology.from_environment()
     pool = DataPool(topology)
