@@ -76,15 +76,6 @@ def test_heads_that_do_not_show_are_those_of_the_official_models() -> None:
         import_state(vlmo_state(relative=False), "vlmo")
 
 
-def test_berts_row_for_all_words_is_added_to_them() -> None:
-    official = vlmo_state()
-    rows = official["text_embeddings.token_type_embeddings.weight"]
-    rows += torch.arange(32.0).view(2, 16)
-    words = official["text_embeddings.word_embeddings.weight"]
-    found = import_state(official, "vlmo", SIZES).weights["encoder.text_embedding.word.weight"]
-    assert torch.equal(found, words + torch.arange(16.0))
-
-
 def test_classifiers_are_heads_of_tasks() -> None:
     official = vlmo_state(pretraining=False, classes=5)
     imported = import_state(official, "vlmo", SIZES)
