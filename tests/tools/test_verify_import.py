@@ -149,6 +149,17 @@ def test_mistakes_in_the_call(fixture: Path, tmp_path: Path, capsys: pytest.Capt
     assert "has no output.transformer.pos_embed" in capsys.readouterr().err
 
 
+def test_a_size_or_an_input_that_is_not_said_is_named(
+    fixture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = fixture.with_suffix(".json")
+    tree = json.loads(about.read_text())
+    del tree["hyper"]["patch"]
+    about.write_text(json.dumps(tree))
+    assert main([str(fixture)]) == 2
+    assert f"{about}: hyper.patch is missing, which this kind" in capsys.readouterr().err
+
+
 def test_differences() -> None:
     one = torch.tensor([1.0, torch.nan, torch.inf])
     assert largest_difference(one, one) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,17 @@ from eve.errors import UserError
 
 # Of an output for which the fixture names no allowed difference: share of its largest number.
 DEFAULT_TOLERANCE = 1e-5
+
+
+class Named(dict[str, Any]):
+    """Raises UserError for a name that is not there."""
+
+    def __init__(self, values: Mapping[str, Any], what: str) -> None:
+        super().__init__(values)
+        self._what = what
+
+    def __missing__(self, name: str) -> Any:
+        raise UserError(f"{self._what}.{name} is missing, which this kind of fixture has")
 
 
 @dataclass(frozen=True)
@@ -60,9 +72,9 @@ def read_fixture(path: Path) -> Fixture:
     return Fixture(
         where=str(path),
         name=tree["fixture"],
-        hyper=tree.get("hyper", {}),
+        hyper=Named(tree.get("hyper", {}), f"{about}: hyper"),
         state=parts["state"],
-        inputs=parts["input"],
+        inputs=Named(parts["input"], f"{path}: input"),
         outputs=parts["output"],
         tolerances={
             name: _tolerance(expected, described.get(name, {})) for name, expected in parts["output"].items()
