@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from eve.training.stages import build_stage
 from tests.tiny import tiny_recipe
 
 BATCH = 16
+# Steps that are compared: more than one pass over the tiny data. The README's numbers are of 20.
+STEPS = int(os.environ.get("EVE_STEPS", "8"))
 OVERRIDES = (
     "optimizer.clip=0.5",
     # With a tiny eps AdamW makes a whole step of what is rounding in a gradient near 0.

@@ -20,8 +20,8 @@ from tests.rank_pool import RankPool
 from tests.test_resume import arguments, kill_before_the_rename, metrics
 from tests.tiny import tiny_recipe
 
-STEPS = 50
-LONG = (f"stages.0.steps={STEPS}", "training.checkpoint_every=25")
+STEPS = 20
+LONG = (f"stages.0.steps={STEPS}", "training.checkpoint_every=10")
 
 
 def pretrain_on_every_rank(argv: list[str]) -> int:

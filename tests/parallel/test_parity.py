@@ -1,10 +1,11 @@
-"""Every layout makes the steps of one plain process: twenty of them, in fp32, on the same batches.
+"""Every layout makes the steps of one plain process: in fp32, on the same batches.
 
-`python -m tests.parallel.test_parity` prints the differences as a table.
+`EVE_STEPS=20 python -m tests.parallel.test_parity` prints the differences as a table.
 """
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from pathlib import Path
 
@@ -12,10 +13,10 @@ import pytest
 import torch
 
 from tests.rank_pool import RankPool
-from tests.steps import DENSE, OVERRIDES, Steps, engine_steps, plain_steps
+from tests.steps import DENSE, OVERRIDES, STEPS, Steps, engine_steps, plain_steps
 from tests.tiny import tiny_recipe, write_tiny
 
-STEPS, LEARNING_RATE = 20, 2e-3
+LEARNING_RATE = 2e-3
 HEADS = ("model.heads=4", "model.decoder.heads=4")
 ROUTED, HARD = (*OVERRIDES, *HEADS), (*DENSE, *HEADS)
 CAPACITY = ("model.feed_forward.1.capacity_factor=0.7", "model.feed_forward.1.z_loss_weight=0.01")
@@ -98,16 +99,17 @@ LAYOUTS: dict[str, tuple[int, str, tuple[str, ...], tuple[str, ...]]] = {
     "tensor 4 x expert 4, one masked pair": (4, "zero1_fp32", (*ROUTED, *PAIR), degrees(4, 4)),
 }
 
-_plain: dict[tuple[str, ...], Steps] = {}
+
+@functools.cache
+def plain(tiny: Path, model: tuple[str, ...]) -> Steps:
+    return plain_steps(tiny_recipe(tiny, *model), STEPS, LEARNING_RATE)
 
 
 def difference(name: str, tiny: Path, pool: RankPool) -> tuple[float, float, float]:
     """Largest relative difference of (losses, norms, parameters) from plain PyTorch on one process."""
     _, config, model, more = LAYOUTS[name]
-    if model not in _plain:
-        _plain[model] = plain_steps(tiny_recipe(tiny, *model), STEPS, LEARNING_RATE)
     steps = pool.run(engine_steps, tiny, (*model, *more), f"{config}.json", STEPS, LEARNING_RATE)
-    return steps[0].difference(_plain[model])
+    return steps[0].difference(plain(tiny, model))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -121,11 +123,17 @@ def test_a_layout_makes_the_steps_of_one_process(
     assert parameters < 1e-5
 
 
+@pytest.fixture(scope="module")
+def bf16_data_parallel(tiny: Path, four_ranks: RankPool) -> Steps:
+    return four_ranks.run(engine_steps, tiny, ROUTED, "zero1_bf16.json", STEPS, LEARNING_RATE)[0]
+
+
 @pytest.mark.parametrize("more", [degrees(2, 2), degrees(expert=4)])
-def test_bf16_differs_by_its_rounding(more: tuple[str, ...], tiny: Path, four_ranks: RankPool) -> None:
+def test_bf16_differs_by_its_rounding(
+    more: tuple[str, ...], tiny: Path, bf16_data_parallel: Steps, four_ranks: RankPool
+) -> None:
     """Little more than bf16 with data parallelism alone does."""
-    exact = plain_steps(tiny_recipe(tiny, *ROUTED), STEPS, LEARNING_RATE)
-    data, *_ = four_ranks.run(engine_steps, tiny, ROUTED, "zero1_bf16.json", STEPS, LEARNING_RATE)
+    exact = plain(tiny, ROUTED)
     found, *_ = four_ranks.run(engine_steps, tiny, (*ROUTED, *more), "zero1_bf16.json", STEPS, LEARNING_RATE)
     losses, norms, _ = found.difference(exact)
     assert losses < 1e-3
@@ -135,7 +143,7 @@ def test_bf16_differs_by_its_rounding(more: tuple[str, ...], tiny: Path, four_ra
         parts = [(steps.weights[name] - weight).norm() for name, weight in exact.weights.items()]
         return float(torch.stack(parts).norm())
 
-    assert 0 < distance(found) < 1.5 * distance(data)
+    assert 0 < distance(found) < 1.5 * distance(bf16_data_parallel)
 
 
 def main() -> None:

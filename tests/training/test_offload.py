@@ -14,6 +14,7 @@ from tests.steps import (
     BATCH,
     DENSE,
     OVERRIDES,
+    STEPS,
     Steps,
     build_engine,
     engine_steps,
@@ -25,7 +26,7 @@ from tests.test_resume import arguments, metrics
 from tests.tiny import tiny_recipe
 from tests.training.test_engine import FROZEN_DECODER, weights_around_a_checkpoint
 
-STEPS, RESUMED, LEARNING_RATE = 20, 6, 2e-3
+RESUMED, LEARNING_RATE = 4, 2e-3
 # Passes of two streams: the pixel decoder is not in the last one, the word head not in the first.
 CUT = (*OVERRIDES, "training.micro_batch_size=4")
 CUT_DENSE = (*DENSE, "training.micro_batch_size=4")
