@@ -282,3 +282,11 @@ def test_a_stage_that_is_not_there_is_named() -> None:
         UserError, match=r"override 'stages': there is no 'pair', expected some of \['text', 'pa"
     ):
         load_recipe("vlmo_base", ["stages=[text, pair]"])
+
+
+def test_a_stage_that_is_named_twice_is_two() -> None:
+    with pytest.raises(UserError, match=r"stage names \['pairs', 'pairs'\] are not all different"):
+        load_recipe("vlmo_base", ["stages=[pairs, pairs]"])
+    renamed = ("stages=[pairs, pairs]", "stages.0.name=short", "stages.0.warmup_steps=0", "stages.0.steps=5")
+    short, pairs = load_recipe("vlmo_base", renamed).stages
+    assert (short.name, short.steps, pairs.name, pairs.steps) == ("short", 5, "pairs", 200_000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def _picked(old: Any, new: Any, key: str) -> Any:
     for entry in new:
         if named and isinstance(entry, str) and entry not in named:
             raise UserError(f"override '{key}': there is no '{entry}', expected some of {list(named)}")
-    return [named.get(entry, entry) if isinstance(entry, str) else entry for entry in new]
+    # A copy of each, so that what is named twice and then renamed is two.
+    return [deepcopy(named.get(entry, entry)) if isinstance(entry, str) else entry for entry in new]
 
 
 def _index(node: list[Any], part: str, key: str) -> int:

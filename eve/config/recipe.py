@@ -115,6 +115,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stage names {names} are not all different")
         for stage in self.stages:
             for stream in stage.streams:
                 self._check_stream(stream, f"stream {stream.name} of stage {stage.name}")

@@ -98,6 +98,15 @@ def test_a_mistake_is_one_sentence_before_anything_runs(recipe, tmp_path, change
     assert not out.exists()
 
 
+def test_what_a_variant_says_comes_last(recipe, tmp_path):
+    """Also where its key is one of all variants', and a part of that is said after it."""
+    streams = [{"name": "text", "source": "pairs", "objective": "masked_text"}]
+    overrides = {"stages.0.streams": streams, "stages.0.streams.0.text_ratio": 0.25}
+    variants = {"first": {}, "other": {"stages.0.streams": [{**streams[0], "text_ratio": 0.75}]}}
+    _, found = load_comparison(definition(tmp_path, recipe, overrides=overrides, variants=variants))
+    assert [each.recipe.stages[0].streams[0].text_ratio for each in found] == [0.25, 0.75]
+
+
 def test_an_unknown_comparison_or_variant_is_named(recipe, tmp_path, capsys):
     assert main(["router"]) == 2
     assert "did you mean routers?" in capsys.readouterr().err
@@ -111,6 +120,9 @@ def test_a_directory_of_another_recipe_is_not_overwritten(recipe, tmp_path):
     run.directory.mkdir(parents=True)
     (run.directory / "recipe.yaml").write_text(run.recipe.to_yaml())
     runs_of([variant.changed("training.log_every=5")], [1], tmp_path)
+    # To go on with a run its data may move; another result may not pass for that of these data.
+    with pytest.raises(UserError, match=r"another recipe: data.sources.pairs.mix.0.shards is 'x.tar'"):
+        runs_of([variant.changed("data.sources.pairs.mix.0.shards=x.tar")], [1], tmp_path)
     with pytest.raises(UserError, match=r"another recipe: optimizer.clip is 1.0, was 3.0"):
         runs_of([variant.changed("optimizer.clip=1.0")], [1], tmp_path)
 
@@ -198,6 +210,9 @@ def test_a_step_holds_weights_moments_and_gradients(recipe, tmp_path, monkeypatc
         parameters = count_parameters(variant.recipe.model).total
         assert 4 * 4 * parameters < found.peaks[4] < found.peaks[8]
         assert found.seconds == {8: [1.0, 1.0]}
+    # A measurement that was broken off goes on with that of its own machine alone.
+    assert Costs.read(path, costs.inputs, costs.about) == costs
+    assert Costs.read(path, costs.inputs, "another machine") is None
     with pytest.raises(UserError, match="run without --table"):
         cost.costs_of(variants[:1], budget, tmp_path, measure=False)
 

@@ -17,13 +17,16 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -68,12 +71,12 @@ class Costs:
     variants: dict[str, Cost]
 
     @staticmethod
-    def read(path: Path, inputs: str) -> Costs | None:
-        """None where there is none or it is of other variants."""
+    def read(path: Path, inputs: str, about: str | None = None) -> Costs | None:
+        """None where there is none or it is of other variants, or of another machine than `about`."""
         if not path.is_file():
             return None
         tree = json.loads(path.read_text(encoding="utf-8"))
-        if tree["inputs"] != inputs:
+        if tree["inputs"] != inputs or about not in (None, tree["about"]):
             return None
         variants = {
             name: Cost(*({int(size): value for size, value in cost[key].items()} for key in cost))
@@ -166,10 +169,7 @@ def costs_of(variants: Sequence[Variant], budget: Budget, out: Path, *, measure:
     if costs is None or not _is_complete(costs, budget):
         if not measure:
             raise UserError(f"{path} does not hold the costs of these variants; run without --table")
-        # Of the profiler, which says when it begins and ends.
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            process.submit(measure_here, variants, budget, path).result()
+        measure_apart(variants, budget, path)
         costs = Costs.read(path, inputs_of(variants, budget))
         assert costs is not None
     return costs
@@ -183,18 +183,65 @@ def _is_complete(costs: Costs, budget: Budget) -> bool:
     )
 
 
+def measure_apart(variants: Sequence[Variant], budget: Budget, path: Path) -> None:
+    """`measure_here` in another process, which ends with this one.
+
+    Raises UserError, also where the process dies, and SystemExit where SIGTERM or SIGINT stops both.
+    """
+    # Of the profiler, which says when it begins and ends.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    context = multiprocessing.get_context("spawn")
+    mistakes, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_there, args=(variants, budget, path, sender), daemon=True)
+    stopped_by: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped_by.append(number)
+        process.terminate()
+
+    process.start()
+    former = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        process.join()
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    if stopped_by:
+        print("stopped; the same command goes on", flush=True)
+        raise SystemExit(128 + stopped_by[0])
+    if mistakes.poll():
+        raise UserError(mistakes.recv())
+    if process.exitcode:
+        raise UserError(
+            f"the process that measures what a step costs ended with exit code {process.exitcode}; killed "
+            "(-9), it lacked memory: give smaller budget.batches"
+        )
+
+
+def _measure_there(variants: Sequence[Variant], budget: Budget, path: Path, mistakes: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the other process ends this one
+    try:
+        measure_here(variants, budget, path)
+    except UserError as error:
+        mistakes.send(str(error))
+
+
 def measure_here(variants: Sequence[Variant], budget: Budget, path: Path) -> None:
-    """Writes `path` after each part, and goes on from what it holds. Raises UserError."""
+    """Writes `path` after each part, and goes on from what it holds of the same machine. Raises UserError."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inputs = inputs_of(variants, budget)
-    costs = Costs.read(path, inputs) or Costs(inputs, "", {each.name: Cost() for each in variants})
     path.parent.mkdir(parents=True, exist_ok=True)
     recipes = {each.name: timed_recipe(each, budget) for each in variants}
     samples = {name: Samples(each, device, limit=max(budget.batches)) for name, each in recipes.items()}
-    costs.about = f"{_machine(device)}, torch {torch.__version__}; {samples[variants[0].name].kind}"
+    about = f"{_machine(device)}, torch {torch.__version__}; {samples[variants[0].name].kind}"
+    costs = Costs.read(path, inputs, about) or Costs(inputs, about, {each.name: Cost() for each in variants})
     for name, cost in costs.variants.items():
         if not cost.peaks:
             cost.peaks = peaks(recipes[name], samples[name], budget, device)
+            if not cost.peaks:
+                raise UserError(
+                    f"a step of '{name}' with {budget.batches[0]} pairs does not fit the memory of the device"
+                )
             shown = ", ".join(f"{size}: {peak / GIB:.2f}" for size, peak in cost.peaks.items())
             print(f"cost: {name}: GiB of a step by batch: {shown}", flush=True)
             costs.write(path)
@@ -228,7 +275,7 @@ def build_step(recipe: Recipe, device: torch.device) -> Callable[[Batch], None]:
 
 
 def peaks(recipe: Recipe, samples: Samples, budget: Budget, device: torch.device) -> dict[int, int]:
-    """Bytes of a step by batch, up to the first that is over the budget."""
+    """Bytes of a step by batch, up to the first that is over the budget; none that the device cannot hold."""
     limit = budget.memory_gib * GIB
     found: dict[int, int] = {}
     # Building and the first step leave weights and optimizer state behind.
@@ -238,17 +285,15 @@ def peaks(recipe: Recipe, samples: Samples, budget: Budget, device: torch.device
         held.append(build_step(recipe, device))
         held[0](samples.batch(budget.batches[0]))
 
-    _, resting = allocated(begin, device)
-    for size in budget.batches:
-        if _foretold(found, size) > HOPELESS * limit:
-            break
-        try:
+    with suppress(torch.OutOfMemoryError):
+        _, resting = allocated(begin, device)
+        for size in budget.batches:
+            if _foretold(found, size) > HOPELESS * limit:
+                break
             peak, _ = allocated(lambda size=size: held[0](samples.batch(size)), device)
-        except torch.OutOfMemoryError:
-            break
-        found[size] = resting + peak
-        if found[size] > limit:
-            break
+            found[size] = resting + peak
+            if found[size] > limit:
+                break
     held.clear()
     _free()
     return found

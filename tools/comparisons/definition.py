@@ -168,13 +168,15 @@ def load_comparison(name_or_path: str) -> tuple[Comparison, list[Variant]]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds {type(tree).__name__}, expected title, recipe, variants, measures")
     try:
         comparison = Comparison.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{path}: {sentence(error, Comparison)}") from None
     try:
         variants = [
-            load_variant(name, comparison.recipe, as_overrides(comparison.overrides | changes))
+            load_variant(name, comparison.recipe, as_overrides(_in_order(comparison.overrides, changes)))
             for name, changes in comparison.variants.items()
         ]
         _check_stages(comparison, variants)
@@ -192,6 +194,11 @@ def _check_stages(comparison: Comparison, variants: list[Variant]) -> None:
         stages = [stage.name for stage in variant.recipe.stages]
         for stage in sorted(named - {None, *stages}, key=str):
             raise UserError(f"variant '{variant.name}' has no stage '{stage}', only {', '.join(stages)}")
+
+
+def _in_order(of_all: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Those of all variants before those of one, also where both have a key."""
+    return {key: value for key, value in of_all.items() if key not in changes} | changes
 
 
 def as_overrides(changes: dict[str, Any]) -> tuple[str, ...]:

@@ -102,8 +102,11 @@ def check_same_recipe(run: SeedRun) -> None:
     """Raises UserError where the directory holds a run of another recipe."""
     if not (run.directory / "recipe.yaml").is_file():
         return
+    # Other than to go on with a run, other data is another result.
     differing = [
-        text for key, text in differing_keys(run.directory, run.recipe) if not FREE_KEYS.fullmatch(key)
+        text
+        for key, text in differing_keys(run.directory, run.recipe)
+        if key.startswith("data.") or not FREE_KEYS.fullmatch(key)
     ]
     if differing:
         raise UserError(
@@ -130,7 +133,8 @@ class Runner:
         self.failures: list[str] = []
         self.stopped_by: int | None = None
         self._processes: set[subprocess.Popen[bytes]] = set()
-        self._lock = threading.Lock()
+        # A second signal may come while the first is dealt with.
+        self._lock = threading.RLock()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // jobs))}
 
@@ -164,8 +168,9 @@ class Runner:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopped_by = number
-        for process in list(self._processes):
-            process.send_signal(signal.SIGTERM)
+        with self._lock:  # not between a process's start and its entry
+            for process in list(self._processes):
+                process.send_signal(signal.SIGTERM)
 
     def _make(self, run: SeedRun) -> None:
         try:

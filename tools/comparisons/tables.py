@@ -39,6 +39,14 @@ def result_tables(comparison: Comparison, runs: Sequence[SeedRun], jobs: int) ->
     note = "Mean ± standard deviation (n - 1) over the seeds. Seconds per step: median of the runs' log"
     note += f", {jobs} runs side by side." if jobs > 1 else "."
     notes = [comparison.note, note] if comparison.note else [note]
+    partly = [
+        f"{name}, {measure.name} ({len(spread.by_seed) if spread else 0} of {len(some)} seeds)"
+        for name, some in by_variant.items()
+        for measure in comparison.measures
+        if (spread := spreads[name][measure.name]) is None or len(spread.by_seed) < len(some)
+        if some and measures_of(some[0], [measure])
+    ]
+    notes += [f"Not of all seeds yet: {'; '.join(partly)}."] if partly else []
     first = next(iter(by_variant))
     tables = [Table(comparison.title, columns, rows, notes)]
     if len(by_variant) > 1:
@@ -47,7 +55,10 @@ def result_tables(comparison: Comparison, runs: Sequence[SeedRun], jobs: int) ->
             for name in by_variant
             if name != first
         ]
-        notes = ["Mean of the differences seed by seed [least, greatest]. *: all seeds have one sign."]
+        notes = [
+            "Mean of the differences seed by seed [least, greatest]. *: all n seeds have one sign, as "
+            "without any effect one difference in 2^(n - 1) would."
+        ]
         tables.append(Table(f"Difference to {first}", ["variant", *names], changes, notes))
     return tables
 
