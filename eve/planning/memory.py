@@ -107,21 +107,23 @@ def block_numbers(width: int, hidden: int, layout: Layout, *, k: int = 0, gains:
     return attention + feed_forward + (2 * between if gains else 0)
 
 
+def block_bytes(model: Model, layout: Layout, one: Pass) -> list[float]:
+    """What each block that the tokens pass keeps, where it is not recomputed."""
+    learned, sizes = set(routed_blocks(model)), []
+    for block in one.blocks(model):
+        config = model.feed_forward_of(block)
+        k = config.k if block in learned else 0
+        numbers = block_numbers(model.width, model.hidden, layout, k=k, gains=model.layer_scale is not None)
+        sizes.append(one.num_tokens * (layout.item * numbers + (4 * config.num_experts if k else 0)))
+    return sizes
+
+
 def pass_bytes(model: Model, layout: Layout, one: Pass) -> tuple[float, float]:
     """(activations, what the text loss has of logits) at the end of the forward of a pass."""
     item, tokens, width = layout.item, one.num_tokens, model.width
     between = width / (layout.tensor if layout.sequence else 1)
-    learned = set(routed_blocks(model))
-    total = largest = 0.0
-    for block in one.blocks(model):
-        config = model.feed_forward_of(block)
-        k = config.k if block in learned else 0
-        numbers = block_numbers(width, model.hidden, layout, k=k, gains=model.layer_scale is not None)
-        size = tokens * (item * numbers + (4 * config.num_experts if k else 0))
-        largest = max(largest, size)
-        total += tokens * between * item if layout.checkpointing else size
-    if layout.checkpointing:
-        total += largest
+    sizes = block_bytes(model, layout, one)
+    total = len(sizes) * tokens * between * item + max(sizes) if layout.checkpointing else sum(sizes)
     # Pixels of the visible patches; sum of the embeddings before its norm; last block's output.
     total += item * one.samples * one.num_visible * 3 * model.patch_size**2
     total += item * (tokens * (width + between) + 2 * one.num_text * width)
@@ -147,12 +149,16 @@ def logit_bytes(layout: Layout, rows: int, classes: float, width: int) -> float:
 
 
 def held_bytes(model: Model, layout: Layout, passes: list[Pass]) -> list[tuple[float, float]]:
-    """`pass_bytes` before each backward, of all passes that it goes through."""
+    """`pass_bytes` before each backward, of all passes that it goes through; of these it recomputes one block
+    at a time."""
     held: list[tuple[float, float]] = []
+    recomputed = 0.0
     for one in passes:
         activations, logits = pass_bytes(model, layout, one)
-        before = held.pop() if one.joins else (0.0, 0.0)
-        held.append((before[0] + activations, before[1] + logits))
+        block = max(block_bytes(model, layout, one)) if layout.checkpointing else 0.0
+        before, other = (held.pop(), recomputed) if one.joins else ((0.0, 0.0), 0.0)
+        held.append((before[0] + activations - min(block, other), before[1] + logits))
+        recomputed = max(block, other)
     return held
 
 

@@ -113,20 +113,26 @@ def test_activations_are_what_autograd_saves(stream: str, tiny: Path) -> None:
     assert bytes_kept_for_the_backward(recipe, stream, samples) == pytest.approx(expected, rel=0.015)
 
 
-def test_contrast_and_matching_hold_their_passes_together(tiny: Path) -> None:
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_contrast_and_matching_hold_their_passes_together(checkpointing: str, tiny: Path) -> None:
     fused = (
         'model.feed_forward=[{blocks: "0-2", router: modality}, {blocks: 3, router: fusion}]',
         "model.contrast={width: 64, paths: [modality, fusion]}",
         "model.matching={}",
         "stages.0.streams=[{name: pairs, source: pairs, objective: contrast_matching}]",
     )
-    recipe = tiny_recipe(tiny, *BIG, *fused)
+    recipe = tiny_recipe(tiny, *BIG, *fused, f"training.activation_checkpointing={checkpointing}")
     layout = layout_of(recipe, 1, "zero0_fp32.json")
     passes = passes_of(layout, recipe, recipe.stages[0], TEXT_LENGTH)
     ((activations, logits),) = held_bytes(recipe.model, layout, passes)
     assert logits == 0
+    tolerance = 0.03
+    if layout.checkpointing:
+        tolerance = 0.07  # heads and positions weigh more beside so little
+        # Of a fused pass, the longest; it is recomputed when the backward comes to it.
+        activations -= passes[-1].num_tokens * 4 * block_numbers(256, 1024, layout)
     measured = bytes_kept_for_the_backward(recipe, "pairs", equal_samples(recipe, TEXT_LENGTH))
-    assert measured == pytest.approx(activations, rel=0.03)
+    assert measured == pytest.approx(activations, rel=tolerance)
 
 
 @pytest.mark.parametrize("stream", ["masked_image", "masked_text"])
