@@ -61,7 +61,7 @@ def _run(options: argparse.Namespace) -> None:
     cells = {options.data: options.data} if options.data else recipe.evaluation.shards
     task = TASKS[options.task]
     task.check(recipe)
-    _check_cells(cells)
+    check_cells(cells)
     tables = task.evaluate(checkpoint, cells)
     for table in tables:
         print(f"\n{to_text(table)}")
@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace) -> None:
         print(f"tables:   {options.output}")
 
 
-def _check_cells(cells: dict[str, str]) -> None:
+def check_cells(cells: dict[str, str]) -> None:
     """Raises UserError where held-out shards are missing."""
     if not cells:
         raise UserError("the recipe names no held-out shards in evaluation.shards; give some with --data")

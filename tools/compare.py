@@ -22,7 +22,7 @@ from eve.errors import UserError
 from eve.tasks.report import Table, to_text, write
 from tools.comparisons.cost import check_budget, costs_of, timed_variant
 from tools.comparisons.definition import load_comparison
-from tools.comparisons.runs import Runner, runs_of
+from tools.comparisons.runs import Runner, check_measures, runs_of
 from tools.comparisons.tables import cost_table, result_tables
 
 
@@ -60,6 +60,9 @@ def compare(options: argparse.Namespace) -> int:
     tables: list[Table] = []
     if comparison.budget is not None:
         check_budget(variants, comparison.budget)
+    if not options.table:
+        check_measures(variants, comparison.measures)
+    if comparison.budget is not None:
         costs = costs_of(variants, comparison.budget, out, measure=not options.table)
         tables.append(cost_table(costs, comparison.budget, "" if comparison.measures else comparison.note))
         print(f"\n{to_text(tables[0])}\n", flush=True)

@@ -82,6 +82,8 @@ def test_values_reach_the_recipe_as_they_are_written(recipe, tmp_path):
         ({"variants": {"a b": {}, "a, b": {}}}, "not all different: a_b, a_b"),
         ({"measures": []}, "neither measures nor a budget"),
         ({"measures": [{**WORDS, "column": ""}]}, "measure 'words' of pretrain lacks column"),
+        ({"overrides": {"evaluation.shards": {"a": "nowhere/*.tar"}}}, "variant 'soft': .*nowhere"),
+        ({"measures": [{**WORDS, "task": "retrieval"}]}, "'soft': model.contrast of the checkpoint is null"),
         ({"measures": [{**WORDS, "stage": "pairs"}]}, "variant 'soft' has no stage 'pairs', only pretrain"),
         ({"measures": [{**WORDS, "variants": ["sof"]}]}, "names 'sof', expected one of soft, hard"),
         ({"budget": {"memory_gib": 1, "batches": [8, 4]}}, r"batches \[8, 4\] do not ascend"),
@@ -156,8 +158,9 @@ def test_a_measure_is_the_mean_of_its_cells(tmp_path):
         read_measure(measure.model_copy(update={"column": "model", "cells": ("b",)}), path, "pretrain") == 2.0
     )
     for changes, said in (
-        ({"table": "Empty"}, "no table with rows begins with 'Empty'; there are 'Empty', 'Masked words'"),
-        ({"column": "loss"}, "no column begins with 'loss', only model, gain"),
+        ({"table": "Empty"}, "0 tables with rows begin with 'Empty'; there are 'Empty', 'Masked words'"),
+        ({"column": "loss"}, "0 columns begin with 'loss', expected one of model, gain"),
+        ({"column": ""}, "2 columns begin with '', expected one of model, gain"),
         ({"cells": ("c",)}, "no cell 'c', only a, b"),
     ):
         with pytest.raises(UserError, match=said):

@@ -186,14 +186,21 @@ def load_comparison(name_or_path: str) -> tuple[Comparison, list[Variant]]:
 
 
 def _check_stages(comparison: Comparison, variants: list[Variant]) -> None:
-    """Raises UserError where a stage that is named is not one of a variant."""
+    """Raises UserError where a stage that is named is not one of a variant, or leaves no model behind."""
     for variant in variants:
-        named = {m.stage for m in comparison.measures if m.variants is None or variant.name in m.variants}
-        if comparison.budget is not None:
-            named.add(comparison.budget.stage)
+        named_by_measures = {
+            m.stage for m in comparison.measures if m.variants is None or variant.name in m.variants
+        }
+        budget_names = {comparison.budget.stage} if comparison.budget is not None else set()
         stages = [stage.name for stage in variant.recipe.stages]
-        for stage in sorted(named - {None, *stages}, key=str):
+        for stage in sorted((named_by_measures | budget_names) - {None, *stages}, key=str):
             raise UserError(f"variant '{variant.name}' has no stage '{stage}', only {', '.join(stages)}")
+        before_the_end = named_by_measures - {None, stages[-1]}
+        if before_the_end and not variant.recipe.training.export_stages:
+            raise UserError(
+                f"variant '{variant.name}' is measured after {min(before_the_end, key=str)}, but "
+                "training.export_stages is false"
+            )
 
 
 def _in_order(of_all: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from typing import Any
 
 from eve.config import Recipe
 from eve.errors import UserError
+from eve.evaluate import TASKS, check_cells
 from eve.pretrain import FREE_KEYS, differing_keys
 from eve.training.export import file_name, stage_exports
 from tools.comparisons.definition import Measure, Variant, flow
@@ -96,6 +97,19 @@ def runs_of(variants: Iterable[Variant], seeds: Sequence[int], out: Path) -> lis
     for run in runs:
         check_same_recipe(run)
     return runs
+
+
+def check_measures(variants: Iterable[Variant], measures: Sequence[Measure]) -> None:
+    """Raises UserError where the held-out shards of a variant or what a task measures of it are not there."""
+    for variant in variants:
+        tasks = [m.task for m in measures if m.variants is None or variant.name in m.variants]
+        try:
+            for task in dict.fromkeys(tasks):
+                TASKS[task].check(variant.recipe)
+            if tasks:
+                check_cells(variant.recipe.evaluation.shards)
+        except UserError as error:
+            raise UserError(f"variant '{variant.name}': {error}") from None
 
 
 def check_same_recipe(run: SeedRun) -> None:

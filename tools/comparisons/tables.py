@@ -105,15 +105,26 @@ def read_measure(measure: Measure, path: Path, last_stage: str) -> float:
 
 def _of(measure: Measure, tables: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """By cell, from a table with a row for each. Raises UserError."""
-    table = next((each for each in tables if each["title"].startswith(measure.table) and each["rows"]), None)
-    if table is None:
-        titles = ", ".join(repr(each["title"]) for each in tables)
-        raise UserError(f"no table with rows begins with '{measure.table}'; there are {titles}")
-    first, *columns = table["rows"][0]
-    column = next((name for name in columns if name.startswith(measure.column)), None)
-    if column is None:
-        raise UserError(f"no column begins with '{measure.column}', only {', '.join(columns)}")
-    return {row[first]: row[column] for row in table["rows"]}
+    by_title = {each["title"]: each["rows"] for each in tables}
+    with_rows = [title for title, rows in by_title.items() if rows]
+    found = begin_with(measure.table, with_rows)
+    if len(found) != 1:
+        titles = ", ".join(map(repr, found or by_title))
+        raise UserError(f"{len(found)} tables with rows begin with '{measure.table}'; there are {titles}")
+    rows = by_title[found[0]]
+    first, *columns = rows[0]
+    found = begin_with(measure.column, columns)
+    if len(found) != 1:
+        raise UserError(
+            f"{len(found)} columns begin with '{measure.column}', expected one of "
+            f"{', '.join(found or columns)}"
+        )
+    return {row[first]: row[found[0]] for row in rows}
+
+
+def begin_with(start: str, names: Sequence[str]) -> list[str]:
+    """The name itself where it is one, else those that begin so."""
+    return [start] if start in names else [name for name in names if name.startswith(start)]
 
 
 def _of_losses(measure: Measure, tables: Sequence[dict[str, Any]], last_stage: str) -> dict[str, Any]:
