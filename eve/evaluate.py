@@ -65,8 +65,7 @@ def _run(options: argparse.Namespace) -> None:
     tables = task.evaluate(checkpoint, cells)
     for table in tables:
         print(f"\n{to_text(table)}")
-    pictures_dir = checkpoint.pictures_dir
-    print(f"\npictures: {pictures_dir}" if pictures_dir.is_dir() else "")
+    print(f"\npictures: {checkpoint.pictures_dir}" if options.task == "pretrain" else "")
     if (options.checkpoint / "tensorboard").is_dir():
         print(f"curves:   tensorboard --logdir {options.checkpoint}")
     if options.output is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import yaml
@@ -147,6 +148,11 @@ class Recipe(Section):
             self._check_pooled(stream, source, where)
         if not stream.objective.startswith("masked") or stream.objective == "masked_text":
             return
+        block_min, masked = stream.image_block_min, math.ceil(stream.image_ratio * self.model.num_patches)
+        if block_min is not None and block_min > masked:
+            raise ValueError(
+                f"{where} has image_block_min {block_min}, more than the {masked} patches that it masks"
+            )
         if self.model.num_patches < 2:
             raise ValueError(f"{where} masks patches, but an image of model.image_size is one patch")
         if stream.image_input == "mask_token" and not self.model.mask_token:

@@ -24,8 +24,8 @@ class Sample:
 
     `index` is the position of the sample in its source, `seed` the key of everything random that
     the model draws for it (dropout, drop path): a hash of (run seed, epoch, index), so that it does
-    not depend on the machine. `tokens_N` holds [CLS] and [SEP]. `masks` holds one dictionary of
-    arrays for each stream that reads the source.
+    not depend on the machine. `tokens_N` holds [CLS] and [SEP]; `is_cut` says that the text has more than
+    that. `masks` holds one dictionary of arrays for each stream that reads the source.
     """
 
     key: str
@@ -35,6 +35,7 @@ class Sample:
     image_CHW: np.ndarray | None = None
     tokens_N: np.ndarray | None = None
     text: str | None = None
+    is_cut: bool = False
     metadata: dict[str, Any] = field(default_factory=dict)
     masks: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 

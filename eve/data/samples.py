@@ -5,6 +5,7 @@ Everything random is drawn from generators keyed by (seed, epoch, index, purpose
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 
 from eve.data.batch import Masking, Sample
@@ -58,10 +59,12 @@ class SampleMaker:
                 )
             except UnusableImage as error:
                 raise BadSample(raw.shard, raw.key, str(error)) from error
-        tokens_N = None
+        tokens_N, is_cut = None, False
         if text is not None:
             assert self.tokenizer is not None
-            tokens_N = self.tokenizer.encode(text, self.max_text_length)
+            whole_N = self.tokenizer.encode(text, sys.maxsize)
+            tokens_N = self.tokenizer.cut(whole_N, self.max_text_length)
+            is_cut = len(whole_N) > len(tokens_N)
             if len(tokens_N) < 3:
                 raise BadSample(raw.shard, raw.key, "caption without a token")
         sample = Sample(
@@ -72,6 +75,7 @@ class SampleMaker:
             image_CHW=image_CHW,
             tokens_N=tokens_N,
             text=text,
+            is_cut=is_cut,
             metadata=metadata,
         )
         return with_masks(sample, self.maskings, self.seed)

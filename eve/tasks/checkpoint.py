@@ -103,9 +103,11 @@ def find_export(directory: Path) -> Path:
         raise UserError(
             f"there is no directory {directory}; --checkpoint is a run directory or an exported model"
         )
+    done = sorted(path for path in directory.glob("stages/*") if _is_export(path))
     raise UserError(
         f"{directory} holds no exported model (model.safetensors, or export/model.safetensors); "
-        f"a run exports when it ends; if it was stopped, finish it with python -m eve.pretrain ... --resume"
+        "a run exports when it ends; if it was stopped, finish it with python -m eve.pretrain ... --resume"
+        + (f", or give {done[-1]}, the model after its last finished stage" if done else "")
     )
 
 

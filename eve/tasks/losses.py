@@ -32,6 +32,8 @@ from eve.tasks.statistics import bootstrap_ratio
 
 # So many groups at least, as far as the samples go: an interval over fewer is too narrow.
 GROUPS = 32
+# What training adds to the loss that is measured, or multiplies it by.
+WEIGHTS = {"weight": 1.0, "matching_weight": 1.0, "label_smoothing": 0.0, "z_loss_weight": 0.0}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def held_out_stream(recipe: Recipe, stream: Stream) -> HeldOutStream:
     source = recipe.data.sources[stream.source]
     length = recipe.model.max_text_length
     return HeldOutStream(
-        stream.model_copy(update={"name": stream.objective, "source": source.kind, "weight": 1.0}),
+        stream.model_copy(update={"name": stream.objective, "source": source.kind, **WEIGHTS}),
         source.kind,
         length if source.kind == "image" else source.max_text_length or length,
         source.batch_size if stream.is_pooled else None,

@@ -138,7 +138,8 @@ def check_weights(directory: Path, config: Model) -> None:
     expected = {name: tuple(shape) for name, shape in parameter_shapes(config).items()}
     path = directory / WEIGHTS
     if not path.is_file():
-        raise UserError(f"{directory} is not an exported model: it has no {WEIGHTS}")
+        hint = f"; did you mean {directory / 'export'}?" if (directory / "export" / WEIGHTS).is_file() else ""
+        raise UserError(f"{directory} is not an exported model: it has no {WEIGHTS}{hint}")
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -115,6 +115,7 @@ class Run:
         self.monitor = Monitor(run_dir, recipe, topology, start_step=state.step)
         self.stop = StopRequest()
         self._bad_samples = 0
+        self._cut_sources: set[str] = set()
 
     def train(self) -> int:
         """Runs what is left of all stages. Returns the exit code: 0, or 128 + the signal that stopped it."""
@@ -147,6 +148,9 @@ class Run:
         """
         stage = self.recipe.stages[index]
         first_step = sum(before.steps for before in self.recipe.stages[:index])
+        if self.topology.rank == 0:
+            name = f"stage {stage.name}, {index + 1} of {len(self.recipe.stages)}"
+            print(f"{name}: steps {first_step + 1:,} to {first_step + stage.steps:,}", flush=True)
         config, plan = resolve_ds_config(
             self.ds_tree,
             self.recipe,
@@ -234,6 +238,12 @@ class Run:
     def _add(self, outputs: list[ObjectiveOutput], data: StepData, norm: float) -> None:
         for (stream, _), output in zip(data.passes, outputs, strict=True):
             self.window.add_output(stream.name, output)
+        # The streams of a source read the same texts.
+        readers: dict[str, str] = {}
+        for stream, batch in data.passes:
+            if batch.tokens_N is not None and readers.setdefault(stream.source, stream.name) == stream.name:
+                number_cut = sum(sample.is_cut for sample in batch.samples)
+                self.window.add_share(f"cut_texts/{stream.source}", number_cut, batch.size)
         # Every rank has the same norm, and the window adds over ranks.
         share = 1 / self.topology.data
         self.window.add("norm/sum", norm * share)
@@ -274,8 +284,24 @@ class Run:
         metrics["lr"] = rate
         metrics["skipped_steps"] = float(self.state.skipped_steps)
         metrics["bad_samples"] = self._count_bad_samples(data)
+        self._tell_cut_texts(metrics)
         self.monitor.log(self.state.step, metrics, meter.read())
         self.monitor.log_router(self.state.step, router_stats(sums))
+
+    def _tell_cut_texts(self, metrics: dict[str, float]) -> None:
+        """Once for each source: what is cut is not learned."""
+        for name, share in metrics.items():
+            kind, _, source = name.partition("/")
+            if kind != "cut_texts" or not share or source in self._cut_sources:
+                continue
+            self._cut_sources.add(source)
+            length = self.recipe.data.sources[source].max_text_length or self.recipe.model.max_text_length
+            if self.topology.rank == 0:
+                print(
+                    f"{share:.1%} of the latest texts of source {source} are longer than {length} tokens and "
+                    f"were cut; see model.max_text_length and data.sources.{source}.max_text_length",
+                    flush=True,
+                )
 
     def _count_bad_samples(self, data: StepData) -> float:
         """Of all ranks since the first step; where there are more than at the last line, some by name."""

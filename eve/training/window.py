@@ -33,6 +33,11 @@ class Window:
         known = self._sums.get(name)
         self._sums[name] = value.clone() if known is None else known + value
 
+    def add_share(self, name: str, part: float, whole: float) -> None:
+        """Logged as `name`: the sum of the parts over that of the wholes."""
+        both = [torch.full((), value, dtype=torch.float64, device=self.device) for value in (part, whole)]
+        self.add(f"metric/{name}", torch.stack(both))
+
     def add_output(self, stream: str, output: ObjectiveOutput) -> None:
         for name, (total, count) in output.metrics.items():
             self.add(f"metric/{name}/{stream}", torch.stack([total.double(), count.double()]))

@@ -73,6 +73,13 @@ def test_encode_is_sentencepiece_between_cls_and_sep(tokenizer: Tokenizer, model
             assert cut == [tokenizer.cls_id, *inside[: length - 2], tokenizer.sep_id]
 
 
+def test_cut_is_encode_of_less(tokenizer: Tokenizer) -> None:
+    whole_N = tokenizer.encode("the doggy sleeps there.", 100)
+    for length in range(2, len(whole_N) + 2):
+        expected_N = tokenizer.encode("the doggy sleeps there.", length)
+        assert tokenizer.cut(whole_N, length).tolist() == expected_N.tolist()
+
+
 def test_the_name_of_a_special_piece_in_a_text_is_ordinary_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a [MASK] [SEP] [CLS] [PAD] dog", 100)
     assert not np.isin(

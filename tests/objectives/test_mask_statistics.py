@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from eve.config import Stream
+from eve.config import Stream, load_recipe
 from eve.data.batch import Sample
+from eve.errors import UserError
 from eve.objectives.masking import BEIT_BLOCK_MIN, ImageMasking, block_patches, rectangles
 from tests.reference import files
 
@@ -128,6 +129,9 @@ def test_the_least_block_of_codes_follows_the_grid():
     assert ImageMasking.of(other, 14).block_min == 9
     with pytest.raises(ValidationError, match="image_block_min is set, but image_masking is random"):
         Stream(name="s", source="s", objective="masked_image", image_block_min=9)
+    blocks = ["stages.0.streams.0.image_masking=block", "stages.0.streams.0.image_block_min=148"]
+    with pytest.raises(UserError, match="image_block_min 148, more than the 147 patches that it masks"):
+        load_recipe("eve_base", blocks)
 
 
 @files("beit_mask_statistics")

@@ -166,6 +166,7 @@ def test_hard_negatives_are_near() -> None:
         image = watched.model.encode(images_BCHW=batch.images_BCHW)
         text = watched.model.encode(tokens_N=batch.tokens_N, text_lengths=batch.text_lengths)
         head = watched.model.contrast
+        assert head is not None
         cosine = (
             head.project_images(image.image_class_BD, "modality")
             @ head.project_texts(text.text_class_BD, "modality").t()
@@ -177,6 +178,36 @@ def test_hard_negatives_are_near() -> None:
     for i in range(6):
         nearest = batch.samples[int(cosine[i].argmax())].tokens_N
         assert texts[12 + i].tolist() == nearest.tolist()  # pyright: ignore
+
+
+def test_hardness_flattens_the_logits() -> None:
+    """Spread logits, so that their half draws otherwise than a quarter of them or they."""
+    contrast = CONFIG.contrast
+    assert contrast is not None
+    cold = CONFIG.model_copy(update={"contrast": contrast.model_copy(update={"initial_temperature": 0.02})})
+    batch, watched = make_batch(6), Watched(build_model(cold, 1).eval())
+    objective = build_objective(stream("contrast_matching", identity="thing", negative_hardness=0.5), cold)
+    with torch.no_grad():
+        objective(watched, batch, objective.units(batch), 1.0)  # pyright: ignore
+        image = watched.model.encode(images_BCHW=batch.images_BCHW)
+        text = watched.model.encode(tokens_N=batch.tokens_N, text_lengths=batch.text_lengths)
+        head = watched.model.contrast
+        assert head is not None
+        logits = (
+            head.project_images(image.image_class_BD, "modality")
+            @ head.project_texts(text.text_class_BD, "modality").t()
+            * head.scale("modality")
+        )
+    excluded_BN = torch.eye(6, dtype=torch.bool)
+    for i, j in ((1, 3), (0, 4)):
+        excluded_BN[i, j] = excluded_BN[j, i] = True
+    seed_B = random.mix(batch.seed_B, (1 << 40) + 2)
+    expected, _ = draw_negatives(0.5 * logits, excluded_BN, seed_B)
+    others = [draw_negatives(hardness * logits, excluded_BN, seed_B)[0] for hardness in (0.25, 1.0)]
+    assert all(expected.tolist() != other.tolist() for other in others)
+    texts = watched.fused[0]["tokens_N"].split(watched.fused[0]["text_lengths"])
+    for i in range(6):
+        assert texts[12 + i].tolist() == batch.samples[int(expected[i])].tokens_N.tolist()  # pyright: ignore
 
 
 def test_without_hardness_negatives_are_those_of_matching_alone() -> None:

@@ -99,8 +99,17 @@ def test_two_processes_have_the_losses_of_one(
         assert {key: one[key] for key in losses} == pytest.approx({key: two[key] for key in losses}, rel=1e-3)
 
 
-def test_dropped_choices_are_told_by_stream_and_modality(tiny: Path, tmp_path: Path) -> None:
-    assert pretrain.main(arguments("vl_moe_tiny", tiny, tmp_path / "run")) == 0
+def test_dropped_choices_and_cut_texts_are_told(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = "data.sources.texts.max_text_length=4"
+    assert pretrain.main(arguments("vl_moe_tiny", tiny, tmp_path / "run", cut)) == 0
+    said = capsys.readouterr().out
+    assert said.count("100.0% of the latest texts of source texts are longer than 4 tokens and were cut") == 1
+    assert "stage pretrain, 1 of 1: steps 1 to 8" in said
+    logged = [line for line in metrics(tmp_path / "run") if "lr" in line]
+    assert {line["cut_texts/texts"] for line in logged} == {1.0}
+    assert all(line["cut_texts/pairs"] < 1 for line in logged)
     names = set().union(*metrics(tmp_path / "run"))
     for stream, kinds in {"images": ["image"], "texts": ["text"], "pairs": ["image", "text"]}.items():
         for kind in ("image", "text"):

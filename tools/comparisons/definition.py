@@ -26,6 +26,7 @@ from eve.config import Recipe, load_recipe
 from eve.config.loading import sentence
 from eve.config.sections import Section
 from eve.errors import UserError
+from eve.tasks.losses import distinct_streams
 from eve.training.export import file_name
 
 DEFINITIONS = Path(__file__).parent
@@ -180,6 +181,7 @@ def load_comparison(name_or_path: str) -> tuple[Comparison, list[Variant]]:
             for name, changes in comparison.variants.items()
         ]
         _check_stages(comparison, variants)
+        _check_streams(comparison, variants)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return comparison, variants
@@ -201,6 +203,20 @@ def _check_stages(comparison: Comparison, variants: list[Variant]) -> None:
                 f"variant '{variant.name}' is measured after {min(before_the_end, key=str)}, but "
                 "training.export_stages is false"
             )
+
+
+def _check_streams(comparison: Comparison, variants: list[Variant]) -> None:
+    """Raises UserError where a measure of losses is of no stream of a variant."""
+    for variant in variants:
+        names = list(distinct_streams(variant.recipe))
+        for measure in comparison.measures:
+            if measure.variants is not None and variant.name not in measure.variants:
+                continue
+            if not any(name.startswith(measure.stream) for name in names):
+                raise UserError(
+                    f"measure '{measure.name}': no stream of variant '{variant.name}' begins with "
+                    f"'{measure.stream}', expected one of {', '.join(names)}"
+                )
 
 
 def _in_order(of_all: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
