@@ -13,7 +13,7 @@ from eve.data.manifest import IMAGE_EXTENSIONS, Kind, parse_text
 from eve.data.readers import Read
 from eve.data.seeds import generator, key_of
 from eve.data.shards import BadSample, RawSample
-from eve.data.tokenizer import Tokenizer
+from eve.data.tokenizer import Tokenizer, cut
 from eve.data.transforms import Transform, UnusableImage
 
 NOTHING_READ = "no member of an extension that is read (a key ends at its first dot)"
@@ -63,7 +63,7 @@ class SampleMaker:
         if text is not None:
             assert self.tokenizer is not None
             whole_N = self.tokenizer.encode(text, sys.maxsize)
-            tokens_N = self.tokenizer.cut(whole_N, self.max_text_length)
+            tokens_N = cut(whole_N, self.max_text_length)
             is_cut = len(whole_N) > len(tokens_N)
             if len(tokens_N) < 3:
                 raise BadSample(raw.shard, raw.key, "caption without a token")

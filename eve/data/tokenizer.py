@@ -80,15 +80,16 @@ class Tokenizer:
         pieces = self._processor.EncodeAsIds(text)[: max_length - 2]
         return np.array([self.cls_id, *pieces, self.sep_id], dtype=np.int64)
 
-    def cut(self, tokens_N: np.ndarray, max_length: int) -> np.ndarray:
-        """What `encode` gives for that length, of the whole text's (N,)."""
-        if len(tokens_N) <= max_length:
-            return tokens_N
-        return np.append(tokens_N[: max_length - 1], self.sep_id)
-
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; [PAD] [CLS] [SEP] [MASK] leave no trace."""
         return self._processor.DecodeIds([int(index) for index in ids])
 
     def piece(self, index: int) -> str:
         return self._processor.IdToPiece(int(index))
+
+
+def cut(tokens_N: np.ndarray, max_length: int) -> np.ndarray:
+    """What `Tokenizer.encode` gives for that length, of the whole text's (N,)."""
+    if len(tokens_N) <= max_length:
+        return tokens_N
+    return np.append(tokens_N[: max_length - 1], tokens_N[-1])

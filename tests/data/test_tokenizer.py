@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from eve.data.tokenizer import SPECIALS, Tokenizer
+from eve.data.tokenizer import SPECIALS, Tokenizer, cut
 from eve.errors import UserError
 from tools.train_tokenizer import train
 
@@ -77,7 +77,7 @@ def test_cut_is_encode_of_less(tokenizer: Tokenizer) -> None:
     whole_N = tokenizer.encode("the doggy sleeps there.", 100)
     for length in range(2, len(whole_N) + 2):
         expected_N = tokenizer.encode("the doggy sleeps there.", length)
-        assert tokenizer.cut(whole_N, length).tolist() == expected_N.tolist()
+        assert cut(whole_N, length).tolist() == expected_N.tolist()
 
 
 def test_the_name_of_a_special_piece_in_a_text_is_ordinary_text(tokenizer: Tokenizer) -> None:
