@@ -47,7 +47,7 @@ def started(command: list[str], output: Path, **environment: str) -> Iterator[su
         process.wait()
 
 
-def until(condition: Callable[[], object], process: subprocess.Popen[bytes], seconds: float = 180) -> None:
+def until(condition: Callable[[], object], process: subprocess.Popen[bytes], seconds: float = 400) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"ended with exit code {process.returncode}"
