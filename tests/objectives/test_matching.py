@@ -12,7 +12,7 @@ from eve import random
 from eve.config import parse_recipe
 from eve.data.batch import Batch, collate
 from eve.errors import UserError
-from eve.model import build_model
+from eve.model import VisionLanguageModel, build_model
 from eve.objectives import build_objective
 from eve.objectives.matching import draw_negatives, excluded, negative_weights
 from eve.parallel.pool import DataPool
@@ -154,6 +154,15 @@ def test_examples_without_a_negative_are_left_out_and_counted() -> None:
     assert output.metrics["left_out"] == (8, 12)
 
 
+def cosines(model: VisionLanguageModel, batch: Batch) -> torch.Tensor:
+    """(B, B) of images and texts."""
+    image = model.encode(images_BCHW=batch.images_BCHW)
+    text = model.encode(tokens_N=batch.tokens_N, text_lengths=batch.text_lengths)
+    assert model.contrast is not None
+    images_BD = model.contrast.project_images(image.image_class_BD, "modality")
+    return images_BD @ model.contrast.project_texts(text.text_class_BD, "modality").t()
+
+
 def test_hard_negatives_are_near() -> None:
     """With a low temperature the drawn text is the nearest of all that are no positives."""
     contrast = CONFIG.contrast
@@ -163,14 +172,7 @@ def test_hard_negatives_are_near() -> None:
     objective = build_objective(stream("contrast_matching", identity="thing"), cold)
     with torch.no_grad():
         objective(watched, batch, objective.units(batch), 1.0)  # pyright: ignore
-        image = watched.model.encode(images_BCHW=batch.images_BCHW)
-        text = watched.model.encode(tokens_N=batch.tokens_N, text_lengths=batch.text_lengths)
-        head = watched.model.contrast
-        assert head is not None
-        cosine = (
-            head.project_images(image.image_class_BD, "modality")
-            @ head.project_texts(text.text_class_BD, "modality").t()
-        )
+        cosine = cosines(watched.model, batch)
     for i, j in ((1, 3), (0, 4)):
         cosine[i, j] = cosine[j, i] = -2
     cosine.fill_diagonal_(-2)
@@ -189,15 +191,9 @@ def test_hardness_flattens_the_logits() -> None:
     objective = build_objective(stream("contrast_matching", identity="thing", negative_hardness=0.5), cold)
     with torch.no_grad():
         objective(watched, batch, objective.units(batch), 1.0)  # pyright: ignore
-        image = watched.model.encode(images_BCHW=batch.images_BCHW)
-        text = watched.model.encode(tokens_N=batch.tokens_N, text_lengths=batch.text_lengths)
         head = watched.model.contrast
         assert head is not None
-        logits = (
-            head.project_images(image.image_class_BD, "modality")
-            @ head.project_texts(text.text_class_BD, "modality").t()
-            * head.scale("modality")
-        )
+        logits = cosines(watched.model, batch) * head.scale("modality")
     excluded_BN = torch.eye(6, dtype=torch.bool)
     for i, j in ((1, 3), (0, 4)):
         excluded_BN[i, j] = excluded_BN[j, i] = True
